@@ -1,0 +1,263 @@
+"""The paper: "Learning Latent Dynamic Robust Representations for World Models" (ICML 2024).
+
+Two branches of one RSSM look at the same experience:
+
+* the **mask branch** (trained) sees frames with random space-time cubes greyed out and unrolls the recurrence;
+* the **raw branch** (an exponential moving average of the mask branch, never trained) sees the clean frames. It shares
+  the mask branch's history: its posterior sits on the mask branch's recurrent state, its prior is one step from there.
+
+Two losses tie them: the **latent-reconstruction loss** (masked features predict clean ones, in a projected space) and
+the **bisimulation loss** (distances between features match differences in reward plus distances between what comes
+next). Neither needs a pixel decoder, so nothing asks the latent to remember the background. Without this file a
+decoder-free Dreamer remains. Shape letters as in `models.py`.
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks import RSSM, Encoder, State, draw_normal
+
+# Rewards of these tasks are scaled inside the bisimulation loss so that their intended maximum is 2. The reward head
+# and the returns see raw rewards. Tasks not listed, `rms_pick_cube` included, are not scaled.
+REWARD_MAX = {
+    "rms_push_cube": 6.5,
+    "rms_lift_cube": 6.5,
+    "rms_turn_faucet": 10.0,
+    "rms_assembling_kits": 10.0,
+    "rms_panda_avoid_obstacles": 10.0,
+    "rms_peg_insertion_side": 25.0,
+    "rms_plug_charger": 50.0,
+}
+
+
+def bisimulation_reward_scale(task: str) -> float:
+    return 2.0 / REWARD_MAX.get(task, 2.0)
+
+
+# --- masks and augmentation -----------------------------------------------------------------------------------------
+
+
+class CubeMask:
+    """Random space-time cubes: cells of a coarse grid, hidden for `block` consecutive frames.
+
+    The grid has (height // patch) x (width // patch) cells, of which int(ratio * cells) are hidden, drawn uniformly
+    without replacement and independently for each block. A pixel belongs to its nearest grid cell. One mask serves all
+    rows of a batch.
+    """
+
+    def __init__(self, height: int, width: int, *, patch: int, block: int, ratio: float):
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"--mask_ratio must be between 0 and 1, not {ratio}")
+        if not 1 <= patch <= min(height, width):
+            raise ValueError(f"--patch_size must be between 1 and the image size {min(height, width)}, not {patch}")
+        if block < 1:
+            raise ValueError(f"--block_size must be at least 1 frame, not {block}")
+        self.size, self.block = (height, width), block
+        self.grid = (height // patch, width // patch)
+        self.hidden = int(ratio * math.prod(self.grid))
+
+    def draw(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
+        """A fresh mask for `steps` frames, bool (T, H, W), True = hidden. The last block may be cut short."""
+        blocks, cells = math.ceil(steps / self.block), math.prod(self.grid)
+        # The ranks of uniform noise are a random permutation: exactly `hidden` cells have a rank below `hidden`.
+        ranks = torch.rand(blocks, cells, device=device).argsort(-1).argsort(-1)
+        return self.expand((ranks < self.hidden).reshape(blocks, *self.grid), steps)
+
+    def expand(self, grids: Tensor, steps: int) -> Tensor:
+        """Blow grids up, bool (blocks, rows, columns) -> (T, H, W)."""
+        rows, columns = (
+            torch.arange(size, device=grids.device) * cells // size
+            for size, cells in zip(self.size, self.grid, strict=True)
+        )
+        pixels = grids[:, rows[:, None], columns[None, :]]
+        return pixels.repeat_interleave(self.block, 0)[:steps]
+
+
+def _intensity(x: Tensor) -> Tensor:
+    noise = draw_normal(x[:, :1, :1, :1]).clamp(-2.0, 2.0)
+    return x * (1.0 + 0.05 * noise)
+
+
+def _affine(x: Tensor) -> Tensor:
+    """Rotation and shear up to 5 degrees, translation up to 14% of the image, scale 0.9 to 1.1."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(len(x), device=x.device, dtype=x.dtype).uniform_(low, high)
+
+    angle, shear = uniform(-5, 5).deg2rad(), uniform(-5, 5).deg2rad().tan()
+    scale, dx, dy = uniform(0.9, 1.1), uniform(-0.28, 0.28), uniform(-0.28, 0.28)
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    matrix = torch.stack([cos, cos * shear - sin, dx, sin, sin * shear + cos, dy], -1).reshape(-1, 2, 3)
+    x = x.permute(0, 3, 1, 2)
+    return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False).permute(0, 2, 3, 1)
+
+
+def _blur(x: Tensor) -> Tensor:
+    """Gaussian blur, 5 x 5, standard deviation 1.5 pixels."""
+    kernel = torch.exp(-0.5 * (torch.arange(-2, 3, device=x.device, dtype=x.dtype) / 1.5) ** 2)
+    kernel = kernel / kernel.sum()
+    x, channels = x.permute(0, 3, 1, 2), x.shape[-1]
+    weight = (kernel[:, None] * kernel).expand(channels, 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), "reflect"), weight, groups=channels).permute(0, 2, 3, 1)
+
+
+def _shift(x: Tensor) -> Tensor:
+    """Random translation by up to 4 pixels, borders replicated."""
+    height, width = x.shape[1:3]
+    padded = F.pad(x.permute(0, 3, 1, 2), (4, 4, 4, 4), "replicate").permute(0, 2, 3, 1)
+    rows, columns = torch.randint(0, 9, (2, len(x)), device=x.device)
+    rows = rows[:, None] + torch.arange(height, device=x.device)
+    columns = columns[:, None] + torch.arange(width, device=x.device)
+    index = torch.arange(len(x), device=x.device)
+    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+AUGMENTATIONS = {"none": lambda x: x, "intensity": _intensity, "affine": _affine, "blur": _blur, "shift": _shift}
+
+
+def augment(image: Tensor, names: list[str], prob: float = 1.0) -> Tensor:
+    """Apply the named augmentations in order to images (..., H, W, C), drawn per frame, each with probability `prob`."""
+    x = image.reshape(-1, *image.shape[-3:])
+    for name in names:
+        changed = AUGMENTATIONS[name](x)
+        if prob < 1.0:
+            keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= prob
+            changed = torch.where(keep, x, changed)
+        x = changed
+    return x.reshape(image.shape)
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def latent_reconstruction_loss(projected: Tensor, raw_projected: Tensor) -> Tensor:
+    """Masked features must predict clean ones: mean of 2 - 2 cos over (B,T,P) projections of both branches."""
+    online = F.normalize(projected, dim=-1, eps=1e-3)
+    target = F.normalize(raw_projected.detach(), dim=-1, eps=1e-3)
+    return ((online - target) ** 2).sum(-1).mean()
+
+
+def bisimulation_loss(
+    post_feat: Tensor, raw_post_feat: Tensor, prior_feat: Tensor, raw_prior_feat: Tensor, reward: Tensor, discount: float
+) -> Tensor:
+    """Distances between features match reward differences plus discounted distances between successors.
+
+    Features (B,T,F), reward (B,T). Over all pairs i, j of the N = B (T-1) steps, with d(x, y) = 1 - cos(x, y):
+
+        mean_ij Huber( d(post_i, raw_post_j) - [ |r_i - r_j| + discount d(prior_i', raw_prior_j') ] )
+
+    where ' is the next step. Gradient reaches `post_feat` alone. As upstream, the reward is that on arrival at step t,
+    and pairs across episode boundaries count.
+    """
+
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1).flatten(0, 1)
+
+    post, raw_post = unit(post_feat[:, :-1]), unit(raw_post_feat[:, :-1].detach())
+    prior, raw_prior = unit(prior_feat[:, 1:].detach()), unit(raw_prior_feat[:, 1:].detach())
+    reward = reward[:, :-1].flatten()
+    # (N, F) x (F, N) -> (N, N)
+    distance = 1.0 - post @ raw_post.T
+    successor = 1.0 - prior @ raw_prior.T
+    target = (reward[:, None] - reward[None, :]).abs() + discount * successor
+    return F.smooth_l1_loss(distance, target)
+
+
+# --- the two branches -----------------------------------------------------------------------------------------------
+
+
+class Branches(NamedTuple):
+    """Outputs of both branches, all (B,T,*). Only the first three carry gradients."""
+
+    embed: Tensor
+    post: State
+    prior: State
+    raw_post: State
+    raw_prior: State
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, rate: float) -> None:
+    """target <- rate * online + (1 - rate) * target, over all parameters."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+
+
+class HybridRSSM(nn.Module):
+    """Mask branch and raw branch over one encoder and one RSSM."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rssm: RSSM,
+        *,
+        mask: dict,
+        augmentation: list[str],
+        aug_prob: float,
+        encoder_tau: float,
+        dynamics_tau: float,
+    ):
+        super().__init__()
+        for name in augmentation:
+            if name not in AUGMENTATIONS:
+                raise ValueError(f"unknown --augmentation {name!r}: use {', '.join(AUGMENTATIONS)} (size is kept)")
+        self.encoder, self.rssm = encoder, rssm
+        self.raw_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.raw_rssm = copy.deepcopy(rssm).requires_grad_(False)
+        sizes = [shape[:2] for shape in encoder.image_shapes.values()]
+        self.cube_mask = CubeMask(*sizes[0], **mask) if sizes else None
+        self.augmentation, self.aug_prob = augmentation, aug_prob
+        self.encoder_tau, self.dynamics_tau = encoder_tau, dynamics_tau
+
+    def online_parameters(self) -> list[nn.Parameter]:
+        return [*self.encoder.parameters(), *self.rssm.parameters()]
+
+    def forward(self, obs: dict[str, Tensor], action: Tensor, is_first: Tensor, mask: Tensor | None = None) -> Branches:
+        """Both branches over a batch of preprocessed observations (B,T,*), action (B,T,A), is_first (B,T) bool.
+
+        `mask` (T,H,W) bool, True = hidden, is drawn when not given. Vector observations are never masked.
+        """
+        embed = self.encoder(self.hide(obs, mask))
+        post, prior = self.rssm.observe(embed, action, is_first)
+        raw_post, raw_prior = self.raw_branch(obs, post.detach(), action, is_first)
+        return Branches(embed, post, prior, raw_post, raw_prior)
+
+    def hide(self, obs: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
+        """The mask branch's view: hidden pixels become 0 (mid grey), then augmentation."""
+        if self.cube_mask is None:
+            return obs
+        image = next(iter(self.encoder.image_shapes))
+        if mask is None:
+            mask = self.cube_mask.draw(obs[image].shape[1], obs[image].device)
+        hidden = dict(obs)
+        for key in self.encoder.image_shapes:
+            # (B, T, H, W, C), (T, H, W, 1)
+            hidden[key] = augment(obs[key].masked_fill(mask.unsqueeze(-1), 0.0), self.augmentation, self.aug_prob)
+        return hidden
+
+    @torch.no_grad()
+    def raw_branch(
+        self, obs: dict[str, Tensor], post: State, action: Tensor, is_first: Tensor
+    ) -> tuple[State, State]:
+        """Clean frames, EMA weights and the mask branch's history -> posterior and prior (B,T,*), no recurrence.
+
+        The posterior of step t is q(z | h_t, clean frame) on the mask branch's h_t. The prior of step t is one
+        transition from the raw posterior of step t-1 (the initial state where an episode starts).
+        """
+        rssm = self.raw_rssm
+        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+        embed = self.raw_encoder(obs)
+        if rssm.shared:
+            raw_post = rssm.prior(rssm.recur(rssm.shift(post, is_first), action, embed))
+        else:
+            raw_post = rssm.posterior(post.deter, embed)
+        return raw_post, rssm.img_step(rssm.shift(raw_post, is_first), action)
+
+    def update_ema(self) -> None:
+        """Move the raw branch towards the mask branch; once per update, after the optimiser step."""
+        ema_update(self.raw_encoder, self.encoder, self.encoder_tau)
+        ema_update(self.raw_rssm, self.rssm, self.dynamics_tau)

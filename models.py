@@ -1,0 +1,343 @@
+"""How it learns: `WorldModel` (branches -> scalar losses) and `ActorCritic` (imagination -> returns -> losses).
+
+Shape letters: `B` batch, `T` time, `H` imagination length, `N` flattened B*T, `A` action, `E` embed, `D` deter,
+`S` categorical groups, `K` classes, `F` feature = S*K + D, `P` projection.
+
+Time convention. A row holds an observation and the action that led to it:
+
+    t            0        1        2        3    | 0'          row t:  obs_t, action_t = a_{t-1 -> t}, reward_t on arrival
+    action       0       a0       a1       a2    | 0           rssm.obs_step(state_{t-1}, action_t, embed_t, is_first_t)
+    obs         o0       o1       o2       o3    | o0'         heads predict reward_t and cont_t from feat_t
+    reward       0       r1       r2       r3    | 0           is_first_t = 1: state_{t-1} and action_t are discarded
+    is_first     1        0        0        0    | 1
+
+Each learner has a `loss` that reads tensors and returns scalars, and an `update` that takes one optimiser step. Metrics
+are 0-d tensors that stay on the device.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import hrssm
+import tools
+from networks import RSSM, ActorHead, ScalarHead, State, bound_action
+
+
+def autocast(reference: Tensor, enabled: bool) -> torch.autocast:
+    """bfloat16 for the products inside; parameters, norms, losses and statistics keep full precision."""
+    return torch.autocast(reference.device.type, torch.bfloat16, enabled=enabled)
+
+
+@contextlib.contextmanager
+def frozen(*modules: nn.Module):
+    """Gradients pass through these modules but none are collected for their parameters."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def tensor_stats(name: str, x: Tensor) -> dict[str, Tensor]:
+    x = x.detach()
+    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(), f"{name}_min": x.min(), f"{name}_max": x.max()}
+
+
+class WorldModel(nn.Module):
+    """Hybrid RSSM with reward and continuation heads.
+
+    Keyword arguments carry upstream's flag names: `mbr_scale` weighs the latent-reconstruction loss (absent with
+    `nomlr`), `simsr_scale` the bisimulation loss (absent with `nosimsr`), `simsr_reward_scale` multiplies rewards inside
+    the latter. Heads outside `grad_heads` train on detached features.
+    """
+
+    def __init__(
+        self,
+        hybrid: hrssm.HybridRSSM,
+        reward_head: ScalarHead,
+        cont_head: ScalarHead,
+        *,
+        dyn_scale: float,
+        rep_scale: float,
+        kl_free: float,
+        reward_scale: float,
+        cont_scale: float,
+        mbr_scale: float,
+        simsr_scale: float,
+        simsr_discount: float,
+        simsr_reward_scale: float,
+        nomlr: bool,
+        nosimsr: bool,
+        grad_heads: list[str],
+        bf16: bool,
+        optimizer: dict,
+    ):
+        super().__init__()
+        for name in grad_heads:
+            if name not in ("reward", "cont"):
+                raise ValueError(f"unknown --grad_heads {name!r}: there are reward and cont")
+        self.hybrid, self.reward_head, self.cont_head = hybrid, reward_head, cont_head
+        self.dyn_scale, self.rep_scale, self.kl_free = dyn_scale, rep_scale, kl_free
+        self.scales = {"reward": reward_scale, "cont": cont_scale, "mbr": mbr_scale, "simsr": simsr_scale}
+        self.simsr_discount, self.simsr_reward_scale = simsr_discount, simsr_reward_scale
+        self.nomlr, self.nosimsr, self.grad_heads, self.bf16 = nomlr, nosimsr, grad_heads, bf16
+        online = [*hybrid.online_parameters(), *reward_head.parameters(), *cont_head.parameters()]
+        self.optimizer = tools.Optimizer("model", online, **optimizer)
+
+    @property
+    def rssm(self) -> RSSM:
+        return self.hybrid.rssm
+
+    def preprocess(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fresh tensors on the model's device: uint8 images to [-0.5, 0.5], flags to bool, the rest to floats."""
+        device, dtype = self.rssm.prior_head.weight.device, torch.get_default_dtype()
+        data = {}
+        for key, value in batch.items():
+            value = torch.as_tensor(value, device=device)
+            if key.startswith("is_"):
+                data[key] = value.bool()
+            elif value.dtype == torch.uint8:
+                data[key] = value.to(dtype) / 255.0 - 0.5
+            else:
+                data[key] = value.to(dtype)
+        return data
+
+    def loss(
+        self, batch: dict[str, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, hrssm.Branches, dict[str, Tensor]]:
+        """Total loss, both branches and metrics.
+
+        `batch`: image (B,T,H,W,C) uint8 and/or vectors, action (B,T,A), reward (B,T), is_first and is_terminal (B,T).
+        `mask` (T,H,W) bool replaces the random cube mask.
+        """
+        data = self.preprocess(batch)
+        with autocast(data["reward"], self.bf16):
+            branches = self.hybrid(data, data["action"], data["is_first"], mask)
+            # (B, T, F)
+            feat, raw_feat = branches.post.feat, branches.raw_post.feat
+            reward = self.reward_head(feat if "reward" in self.grad_heads else feat.detach())
+            cont = self.cont_head(feat if "cont" in self.grad_heads else feat.detach())
+            projected, raw_projected = self.rssm.project(feat), self.hybrid.raw_rssm.project(raw_feat)
+
+        # (B, T): the KL of the mask branch, below `kl_free` nats without gradient
+        post, prior = branches.post, branches.prior
+        rep, dyn = self.rssm.kl(post, prior.detach()), self.rssm.kl(post.detach(), prior)
+        rep_loss, dyn_loss = rep.clamp(min=self.kl_free).mean(), dyn.clamp(min=self.kl_free).mean()
+
+        losses = {
+            "reward": -reward.log_prob(data["reward"]).mean(),
+            "cont": -cont.log_prob((~data["is_terminal"]).to(feat.dtype).unsqueeze(-1)).mean(),
+        }
+        if not self.nomlr:
+            losses["mbr"] = hrssm.latent_reconstruction_loss(projected, raw_projected)
+        if not self.nosimsr:
+            scaled = data["reward"] * self.simsr_reward_scale
+            losses["simsr"] = hrssm.bisimulation_loss(
+                feat, raw_feat, prior.feat, branches.raw_prior.feat, scaled, self.simsr_discount
+            )
+        losses = {name: loss * self.scales[name] for name, loss in losses.items()}
+        total = sum(losses.values()) + self.dyn_scale * dyn_loss + self.rep_scale * rep_loss
+
+        metrics = {f"{name}_loss": loss.detach() for name, loss in losses.items()}
+        metrics |= {"kl_free": self.kl_free, "dyn_scale": self.dyn_scale, "rep_scale": self.rep_scale}
+        metrics |= {"dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach(), "kl": rep.detach().mean()}
+        metrics |= {"min_reward": data["reward"].min(), "max_reward": data["reward"].max()}
+        with torch.no_grad():
+            metrics["prior_ent"] = self.rssm.entropy(prior).mean()
+            metrics["post_ent"] = self.rssm.entropy(post).mean()
+        return total, branches, metrics
+
+    def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[hrssm.Branches, dict[str, Tensor]]:
+        """One optimiser step, then the raw branch follows. Returns the branches as they were before, detached."""
+        loss, branches, metrics = self.loss(batch, mask)
+        metrics |= self.optimizer.step(loss)
+        self.hybrid.update_ema()
+        detached = (x.detach() for x in branches)
+        return hrssm.Branches(*detached), metrics
+
+
+class ReturnNorm(nn.Module):
+    """Running 5% and 95% quantiles of the returns; the scale is their distance, at least 1 (DreamerV3)."""
+
+    def __init__(self, rate: float = 0.01):
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("quantiles", torch.zeros(2))
+        self.register_buffer("levels", torch.tensor([0.05, 0.95]), persistent=False)
+
+    def forward(self, returns: Tensor) -> tuple[Tensor, Tensor]:
+        """Update from `returns` (any shape), then give offset and scale, both 0-d."""
+        self.quantiles.lerp_(torch.quantile(returns.detach().flatten(), self.levels), self.rate)
+        low, high = self.quantiles.clone().unbind()
+        return low, (high - low).clamp(min=1.0)
+
+
+def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
+    """G_k = r_{k+1} + d_{k+1} [(1 - lambda) v_{k+1} + lambda G_{k+1}], bootstrapped by the last value.
+
+    All inputs are (H, N) along one imagined trajectory; the result is (H - 1, N).
+    """
+    last, returns = value[-1], []
+    for k in reversed(range(len(value) - 1)):
+        last = reward[k + 1] + discount[k + 1] * ((1.0 - lambda_) * value[k + 1] + lambda_ * last)
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+class ActorCritic(nn.Module):
+    """Actor and critic trained on imagined trajectories.
+
+    `imag_gradient`: 'dynamics' maximises normalised advantages by back-propagation through the model, 'reinforce' uses
+    the score function, 'both' mixes raw returns (share `imag_gradient_mix`) and the score function. As upstream, the
+    latter two take returns that are not normalised, and the scored action keeps its gradient.
+    """
+
+    def __init__(
+        self,
+        actor: ActorHead,
+        critic: ScalarHead,
+        *,
+        imag_horizon: int,
+        imag_gradient: str,
+        imag_gradient_mix: float,
+        imag_sample: bool,
+        discount: float,
+        discount_lambda: float,
+        actor_entropy: float,
+        actor_state_entropy: float,
+        future_entropy: bool,
+        behavior_stop_grad: bool,
+        return_norm: bool,
+        slow_value_target: bool,
+        slow_target_update: int,
+        slow_target_fraction: float,
+        value_decay: float,
+        bf16: bool,
+        actor_optimizer: dict,
+        value_optimizer: dict,
+    ):
+        super().__init__()
+        if imag_gradient not in ("dynamics", "reinforce", "both"):
+            raise ValueError(f"unknown --imag_gradient {imag_gradient!r}: use dynamics, reinforce or both")
+        if imag_horizon < 2:
+            raise ValueError(f"--imag_horizon must be at least 2, not {imag_horizon}")
+        self.actor, self.critic = actor, critic
+        self.slow_critic = copy.deepcopy(critic).requires_grad_(False) if slow_value_target else None
+        self.return_norm = ReturnNorm() if return_norm else None
+        self.imag_horizon, self.imag_gradient, self.imag_gradient_mix = imag_horizon, imag_gradient, imag_gradient_mix
+        self.imag_sample, self.behavior_stop_grad = imag_sample, behavior_stop_grad
+        self.discount, self.discount_lambda = discount, discount_lambda
+        self.actor_entropy, self.actor_state_entropy = actor_entropy, actor_state_entropy
+        self.future_entropy, self.value_decay, self.bf16 = future_entropy, value_decay, bf16
+        self.slow_target_update, self.slow_target_fraction = slow_target_update, slow_target_fraction
+        self.updates = 0
+        self.actor_optimizer = tools.Optimizer("actor", actor.parameters(), **actor_optimizer)
+        self.value_optimizer = tools.Optimizer("value", critic.parameters(), **value_optimizer)
+
+    def imagine(self, rssm: RSSM, start: State) -> tuple[State, Tensor, Tensor, Tensor]:
+        """Roll the policy out from `start` (N,*): states, actions (H,N,A), policy entropy and log-probability (H,N)."""
+        state, states, actions, entropies, log_probs = start, [], [], [], []
+        for k in range(self.imag_horizon):
+            feat = state.feat.detach() if self.behavior_stop_grad else state.feat
+            policy = self.actor(feat)
+            action = bound_action(policy.sample())
+            states.append(state)
+            actions.append(action)
+            entropies.append(policy.entropy())
+            log_probs.append(policy.log_prob(action))
+            if k < self.imag_horizon - 1:
+                state = rssm.img_step(state, action, self.imag_sample)
+        states = State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
+        return states, torch.stack(actions), torch.stack(entropies), torch.stack(log_probs)
+
+    def loss(
+        self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Actor loss, critic loss and metrics from start states (N,*) without gradient.
+
+        `reward_fn(feat, action)` -> (H,N) replaces the reward head.
+        """
+        with frozen(world_model, self.critic), autocast(start.deter, self.bf16):
+            states, action, entropy, log_prob = self.imagine(world_model.rssm, start)
+            # (H, N, F)
+            feat = states.feat
+            reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
+            discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
+            value = self.critic(feat).mode.squeeze(-1)
+        state_entropy = world_model.rssm.entropy(states) if self.actor_state_entropy > 0 else None
+        if self.future_entropy:
+            reward = reward + self.actor_entropy * entropy
+            if state_entropy is not None:
+                reward = reward + self.actor_state_entropy * state_entropy
+        # (H-1, N)
+        returns = lambda_return(reward, value, discount, self.discount_lambda)
+        weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()
+        metrics = {}
+
+        advantage = returns - value[:-1]
+        if self.return_norm is not None:
+            offset, scale = self.return_norm(returns)
+            advantage = (returns - offset) / scale - (value[:-1] - offset) / scale
+            metrics |= tensor_stats("normed_target", (returns - offset) / scale)
+            metrics["EMA_005"], metrics["EMA_095"] = self.return_norm.quantiles.clone().unbind()
+        if self.imag_gradient == "dynamics":
+            objective = advantage
+        else:
+            objective = log_prob[:-1] * (returns - value[:-1]).detach()
+            if self.imag_gradient == "both":
+                objective = self.imag_gradient_mix * returns + (1.0 - self.imag_gradient_mix) * objective
+                metrics["imag_gradient_mix"] = self.imag_gradient_mix
+        if not self.future_entropy:
+            objective = objective + self.actor_entropy * entropy[:-1]
+            if state_entropy is not None:
+                objective = objective + self.actor_state_entropy * state_entropy[:-1]
+        actor_loss = -(weight * objective).mean()
+
+        with autocast(start.deter, self.bf16):
+            critic = self.critic(feat[:-1].detach())
+        log_likelihood = critic.log_prob(returns.detach())
+        if self.slow_critic is not None:
+            with torch.no_grad(), autocast(start.deter, self.bf16):
+                slow = self.slow_critic(feat[:-1]).mode.squeeze(-1)
+            log_likelihood = log_likelihood + critic.log_prob(slow)
+        value_loss = (weight * -log_likelihood).mean()
+        if self.value_decay:
+            value_loss = value_loss + self.value_decay * (weight * critic.mode.squeeze(-1)).mean()
+
+        metrics |= tensor_stats("value", value[:-1]) | tensor_stats("target", returns)
+        metrics |= tensor_stats("imag_reward", reward)
+        discrete = self.actor.dist == "onehot"
+        metrics |= tensor_stats("imag_action", action.argmax(-1).to(reward.dtype) if discrete else action)
+        metrics["actor_entropy"] = entropy.detach().mean()
+        if state_entropy is not None:
+            metrics["actor_state_entropy"] = self.actor_state_entropy * state_entropy[:-1].detach().mean()
+        return actor_loss, value_loss, metrics
+
+    def update(
+        self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """One step for actor and critic from start states (B,T,*); the slow critic moves first."""
+        self.update_slow_critic()
+        start = start.map(lambda x: x.detach().flatten(0, 1))
+        actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
+        metrics |= self.actor_optimizer.step(actor_loss)
+        metrics |= self.value_optimizer.step(value_loss)
+        return metrics
+
+    def update_slow_critic(self) -> None:
+        if self.slow_critic is not None and self.updates % self.slow_target_update == 0:
+            hrssm.ema_update(self.slow_critic, self.critic, self.slow_target_fraction)
+        self.updates += 1
+
+    def get_extra_state(self) -> int:
+        return self.updates
+
+    def set_extra_state(self, updates: int) -> None:
+        self.updates = updates

@@ -1,0 +1,713 @@
+"""Parts any world-model paper could use: distributions, latent state, RSSM, encoder, decoder, MLP heads.
+
+Nothing here knows about masks, bisimulation or training. Shape letters: `B` batch, `T` time, `A` action, `E` embed,
+`D` deter, `S` categorical groups, `K` classes per group, `F` feature = S*K + D, `...` any leading axes.
+
+All randomness of the model passes through `draw_onehot` and `draw_normal`; replace them to make a run reproducible
+across implementations. Sizes follow DreamerV3 (Hafner et al., 2023), on which HRSSM is built.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-3
+# The standard deviation of a standard normal truncated at two sigmas.
+TRUNCATED_STD = 0.87962566103423978
+
+
+# --- random draws ---------------------------------------------------------------------------------------------------
+
+
+def draw_onehot(probs: Tensor) -> Tensor:
+    """One exact one-hot draw per row of `probs` (..., K), by an exponential race: no host sync, any device."""
+    index = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+    return F.one_hot(index, probs.shape[-1]).to(probs.dtype)
+
+
+def draw_normal(mean: Tensor) -> Tensor:
+    """Standard normal noise in the shape of `mean`."""
+    return torch.randn_like(mean)
+
+
+# --- scalar transforms ----------------------------------------------------------------------------------------------
+
+
+def symlog(x: Tensor) -> Tensor:
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def bound_action(action: Tensor) -> Tensor:
+    """Divide by max(1, |a|), elementwise, the divisor held constant: clips to [-1, 1] yet keeps a gradient outside."""
+    return action / action.detach().abs().clamp(min=1.0)
+
+
+def full(x: Tensor) -> Tensor:
+    """Back to the default dtype: autocast may have produced bfloat16, but losses and statistics keep full precision."""
+    return x.to(torch.get_default_dtype())
+
+
+# --- distributions --------------------------------------------------------------------------------------------------
+
+
+class OneHot:
+    """Categorical over one-hot vectors, `logits` (..., K); a share `unimix` of the mass is uniform.
+
+    `log_prob` and `entropy` have shape (...). Samples carry straight-through gradients of the mixed probabilities; the
+    mode carries those of the mixed log-probabilities (upstream's surrogates, kept).
+    """
+
+    def __init__(self, logits: Tensor, unimix: float = 0.0):
+        if unimix:
+            probs = torch.softmax(logits, -1) * (1.0 - unimix) + unimix / logits.shape[-1]
+            self.log_probs = torch.log(probs)
+        else:
+            self.log_probs = torch.log_softmax(logits, -1)
+            probs = torch.exp(self.log_probs)
+        self.probs = probs
+
+    def sample(self) -> Tensor:
+        return draw_onehot(self.probs.detach()) + (self.probs - self.probs.detach())
+
+    @property
+    def mode(self) -> Tensor:
+        onehot = F.one_hot(self.log_probs.argmax(-1), self.log_probs.shape[-1])
+        return onehot + (self.log_probs - self.log_probs.detach())
+
+    def log_prob(self, onehot: Tensor) -> Tensor:
+        return self.log_probs.gather(-1, onehot.argmax(-1, keepdim=True)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        return -(self.probs * self.log_probs).sum(-1)
+
+    def kl(self, other: "OneHot") -> Tensor:
+        return (self.probs * (self.log_probs - other.log_probs)).sum(-1)
+
+
+class Normal:
+    """Diagonal Gaussian over the last axis; `log_prob`, `entropy` and `kl` sum over it."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.mean, self.std = mean, std
+
+    def sample(self) -> Tensor:
+        return self.mean + self.std * draw_normal(self.mean)
+
+    @property
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        z = (x - self.mean) / self.std
+        return (-0.5 * z**2 - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (0.5 + 0.5 * math.log(2 * math.pi) + self.std.log()).sum(-1)
+
+    def kl(self, other: "Normal") -> Tensor:
+        ratio = (self.std / other.std) ** 2
+        return 0.5 * (ratio + ((self.mean - other.mean) / other.std) ** 2 - 1 - ratio.log()).sum(-1)
+
+
+class UnitNormal:
+    """Scalar regression head, Normal(mean, 1) with `mean` (..., 1)."""
+
+    def __init__(self, mean: Tensor):
+        self.mode = mean
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """`x` is (...); returns (...)."""
+        return -0.5 * (x - self.mode.squeeze(-1)) ** 2 - 0.5 * math.log(2 * math.pi)
+
+
+class TwoHot:
+    """Scalar regression by classification on 255 symlog-spaced buckets, `logits` (..., 255) (DreamerV3)."""
+
+    def __init__(self, logits: Tensor, buckets: Tensor):
+        self.logits, self.buckets = logits, buckets
+
+    @property
+    def mode(self) -> Tensor:
+        """The mean, symexp(sum_k p_k b_k), shape (..., 1)."""
+        return symexp((torch.softmax(self.logits, -1) * self.buckets).sum(-1, keepdim=True))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Two-hot log-likelihood of scalars `x` (...), shape (...)."""
+        x = symlog(x)
+        last = len(self.buckets) - 1
+        above = torch.bucketize(x, self.buckets, right=True)
+        low, high = (above - 1).clamp(0, last), above.clamp(0, last)
+        gap_low, gap_high = (x - self.buckets[low]).abs(), (self.buckets[high] - x).abs()
+        # Out of range both indices are the end bucket; it then takes all the mass.
+        weight_low = torch.where(low == high, 1.0, gap_high / (gap_low + gap_high))
+        log_probs = torch.log_softmax(self.logits, -1)
+        log_low = log_probs.gather(-1, low.unsqueeze(-1)).squeeze(-1)
+        log_high = log_probs.gather(-1, high.unsqueeze(-1)).squeeze(-1)
+        return weight_low * log_low + (1.0 - weight_low) * log_high
+
+
+class Bernoulli:
+    """Elementwise Bernoulli of `logits` (..., 1)."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = logits
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logits)
+
+    @property
+    def mode(self) -> Tensor:
+        mean = self.mean
+        return torch.round(mean).detach() + (mean - mean.detach())
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return -(1.0 - x) * F.softplus(self.logits) - x * F.softplus(-self.logits)
+
+
+# --- initialisation and dense blocks --------------------------------------------------------------------------------
+
+
+def init_truncated(module: nn.Module) -> None:
+    """Truncated normal of variance 2 / (fan_in + fan_out); for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        fans = module.in_features + module.out_features
+    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        fans = math.prod(module.kernel_size) * (module.in_channels + module.out_channels)
+    else:
+        return
+    std = math.sqrt(2.0 / fans) / TRUNCATED_STD
+    # Upstream truncates convolutions at the absolute value 2, which is practically no truncation.
+    limit = 2.0 * std if isinstance(module, nn.Linear) else 2.0
+    nn.init.trunc_normal_(module.weight, std=std, a=-limit, b=limit)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def init_uniform(module: nn.Module, scale: float) -> None:
+    """Uniform of variance 2 scale / (fan_in + fan_out) for an output layer; scale 0 gives zeros."""
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(module.weight)
+    if isinstance(module, nn.ConvTranspose2d):
+        fan_in, fan_out = fan_out, fan_in
+    limit = math.sqrt(6.0 * scale / (fan_in + fan_out))
+    nn.init.uniform_(module.weight, -limit, limit)
+    nn.init.zeros_(module.bias)
+
+
+def dense_blocks(inputs: int, units: int, layers: int, act: str, norm: str) -> nn.Sequential:
+    """`layers` times Linear without bias, norm, activation: (..., inputs) -> (..., units)."""
+    blocks = []
+    for _ in range(layers):
+        blocks += [nn.Linear(inputs, units, bias=False), getattr(nn, norm)(units, eps=NORM_EPS), getattr(nn, act)()]
+        inputs = units
+    return nn.Sequential(*blocks).apply(init_truncated)
+
+
+# --- observations ---------------------------------------------------------------------------------------------------
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channel axis of (N, C, H, W), each pixel by itself."""
+
+    def __init__(self, channels: int, norm: str = "LayerNorm"):
+        super().__init__()
+        self.norm = getattr(nn, norm)(channels, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvSame(nn.Conv2d):
+    """Stride-2 convolution without bias whose output has ceil(size / 2) pixels; odd padding goes right and below."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__(inputs, outputs, kernel, stride=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = []
+        for size, kernel in zip(x.shape[:-3:-1], self.kernel_size[::-1], strict=True):
+            total = max((math.ceil(size / 2) - 1) * 2 + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, pads))
+
+
+class ConvEncoder(nn.Module):
+    """Strided convolutions down to about `minres` pixels: (..., H, W, C) -> (..., outdim)."""
+
+    def __init__(self, shape: tuple[int, int, int], *, depth: int, act: str, norm: str, kernel: int, minres: int):
+        super().__init__()
+        height, width, channels = shape
+        stages = int(math.log2(min(height, width)) - math.log2(minres))
+        if stages < 1:
+            raise ValueError(f"size {height}x{width} is too small for minres {minres}: it takes at least {2 * minres}")
+        layers = []
+        for stage in range(stages):
+            outputs = depth * 2**stage
+            layers += [ConvSame(channels, outputs, kernel), ChannelNorm(outputs, norm), getattr(nn, act)()]
+            channels, height, width = outputs, math.ceil(height / 2), math.ceil(width / 2)
+        self.layers = nn.Sequential(*layers).apply(init_truncated)
+        self.outdim = channels * height * width
+
+    def forward(self, image: Tensor) -> Tensor:
+        # (..., H, W, C) -> (N, C, H, W)
+        x = image.reshape(-1, *image.shape[-3:]).permute(0, 3, 1, 2)
+        # (N, C', H', W') -> (..., C'*H'*W')
+        return self.layers(x).reshape(*image.shape[:-3], self.outdim)
+
+
+def select_keys(shapes: dict[str, tuple], cnn_keys: str, mlp_keys: str) -> tuple[dict, dict]:
+    """Image (3-D) and vector (1-D) entries of an observation whose names match the regular expressions at the start."""
+    flags = ("is_first", "is_last", "is_terminal", "reward")
+    shapes = {k: tuple(v) for k, v in shapes.items() if k not in flags and not k.startswith("log_")}
+    images = {k: v for k, v in shapes.items() if len(v) == 3 and re.match(cnn_keys, k)}
+    vectors = {k: v for k, v in shapes.items() if len(v) == 1 and re.match(mlp_keys, k)}
+    return images, vectors
+
+
+class Encoder(nn.Module):
+    """Observation dict -> embedding (..., E): images through convolutions, vectors through symlog and an MLP.
+
+    `shapes` maps each key to its shape without leading axes. Images of equal size are joined on the channel axis,
+    vectors on the last axis. Raises ValueError when no key matches.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple],
+        *,
+        mlp_keys: str,
+        cnn_keys: str,
+        act: str,
+        norm: str,
+        cnn_depth: int,
+        kernel_size: int,
+        minres: int,
+        mlp_layers: int,
+        mlp_units: int,
+        symlog_inputs: bool,
+    ):
+        super().__init__()
+        self.image_shapes, self.vector_shapes = select_keys(shapes, cnn_keys, mlp_keys)
+        self.symlog_inputs = symlog_inputs
+        self.outdim = 0
+        if not self.image_shapes and not self.vector_shapes:
+            raise ValueError(
+                f"no observation matches --encoder.cnn_keys '{cnn_keys}' or --encoder.mlp_keys '{mlp_keys}'; "
+                f"there are: {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}"
+            )
+        if self.image_shapes:
+            sizes = {shape[:2] for shape in self.image_shapes.values()}
+            if len(sizes) > 1:
+                raise ValueError(f"images of different sizes cannot share one encoder: {self.image_shapes}")
+            channels = sum(shape[-1] for shape in self.image_shapes.values())
+            self.cnn = ConvEncoder(
+                (*sizes.pop(), channels), depth=cnn_depth, act=act, norm=norm, kernel=kernel_size, minres=minres
+            )
+            self.outdim += self.cnn.outdim
+        if self.vector_shapes:
+            inputs = sum(shape[0] for shape in self.vector_shapes.values())
+            self.mlp = dense_blocks(inputs, mlp_units, mlp_layers, act, norm)
+            self.outdim += mlp_units
+
+    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        outputs = []
+        if self.image_shapes:
+            outputs.append(self.cnn(torch.cat([obs[k] for k in self.image_shapes], -1)))
+        if self.vector_shapes:
+            x = torch.cat([obs[k] for k in self.vector_shapes], -1)
+            outputs.append(self.mlp(symlog(x) if self.symlog_inputs else x))
+        return full(torch.cat(outputs, -1))
+
+
+class ConvDecoder(nn.Module):
+    """Mirror of `ConvEncoder`: (..., F) -> image (..., H, W, C), values around [-0.5, 0.5]."""
+
+    def __init__(
+        self,
+        features: int,
+        shape: tuple[int, int, int],
+        *,
+        depth: int,
+        act: str,
+        norm: str,
+        kernel: int,
+        minres: int,
+        sigmoid: bool = False,
+    ):
+        super().__init__()
+        height, width, channels = shape
+        stages = int(math.log2(height) - math.log2(minres))
+        if (height, width) != (minres * 2**stages,) * 2:
+            raise ValueError(f"the decoder makes square images of {minres} * 2^n pixels, not {height}x{width}")
+        self.shape, self.minres, self.sigmoid = shape, minres, sigmoid
+        self.depth = depth * 2 ** (stages - 1)
+        self.linear = nn.Linear(features, minres**2 * self.depth)
+        padding = math.ceil((kernel - 2) / 2)
+        layers, inputs = [], self.depth
+        for stage in reversed(range(stages)):
+            outputs = depth * 2 ** (stage - 1) if stage else channels
+            pads = {"padding": padding, "output_padding": 2 * padding - (kernel - 2)}
+            layers.append(nn.ConvTranspose2d(inputs, outputs, kernel, stride=2, bias=not stage, **pads))
+            if stage:
+                layers += [ChannelNorm(outputs, norm), getattr(nn, act)()]
+            inputs = outputs
+        self.layers = nn.Sequential(*layers)
+        self.apply(init_truncated)
+        init_uniform(self.layers[-1], 1.0)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        # (..., F) -> (N, C', minres, minres)
+        x = self.linear(feat).reshape(-1, self.minres, self.minres, self.depth).permute(0, 3, 1, 2)
+        # (N, C, H, W) -> (..., H, W, C)
+        image = full(self.layers(x)).permute(0, 2, 3, 1).reshape(*feat.shape[:-1], *self.shape)
+        return torch.sigmoid(image) - 0.5 if self.sigmoid else image
+
+
+class Decoder(nn.Module):
+    """Features (..., F) -> dict of reconstructions. For probes and baselines: HRSSM itself has no decoder.
+
+    `loss` sums the squared error over pixels (the symlog error over vector entries) and has shape (...). `vector_dist`
+    and `image_dist` accept upstream's values for what they are: 'symlog_mse' and 'mse'.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        shapes: dict[str, tuple],
+        *,
+        mlp_keys: str,
+        cnn_keys: str,
+        act: str,
+        norm: str,
+        cnn_depth: int,
+        kernel_size: int,
+        minres: int,
+        mlp_layers: int,
+        mlp_units: int,
+        cnn_sigmoid: bool,
+        image_dist: str,
+        vector_dist: str,
+    ):
+        super().__init__()
+        if image_dist != "mse" or vector_dist != "symlog_mse":
+            raise ValueError(f"decoder distributions are mse and symlog_mse, not {image_dist} and {vector_dist}")
+        self.image_shapes, self.vector_shapes = select_keys(shapes, cnn_keys, mlp_keys)
+        size = {"depth": cnn_depth, "kernel": kernel_size, "minres": minres}
+        self.cnn = nn.ModuleDict(
+            {
+                k: ConvDecoder(features, v, act=act, norm=norm, sigmoid=cnn_sigmoid, **size)
+                for k, v in self.image_shapes.items()
+            }
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                k: MLP(features, v[0], layers=mlp_layers, units=mlp_units, act=act, norm=norm)
+                for k, v in self.vector_shapes.items()
+            }
+        )
+
+    def forward(self, feat: Tensor) -> dict[str, Tensor]:
+        """Images in [-0.5, 0.5] and vectors in symlog space."""
+        return {k: net(feat) for k, net in (*self.cnn.items(), *self.mlp.items())}
+
+    def loss(self, feat: Tensor, obs: dict[str, Tensor]) -> Tensor:
+        total = 0.0
+        for key, output in self(feat).items():
+            target = obs[key] if key in self.image_shapes else symlog(obs[key])
+            total = total + ((output - target) ** 2).flatten(feat.dim() - 1).sum(-1)
+        return total
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Dense blocks and one linear output: (..., inputs) -> (..., outputs), in full precision."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, layers: int, units: int, act: str, norm: str, outscale: float = 1.0
+    ):
+        super().__init__()
+        self.layers = dense_blocks(inputs, units, layers, act, norm)
+        self.out = nn.Linear(units if layers else inputs, outputs)
+        init_uniform(self.out, outscale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return full(self.out(self.layers(x)))
+
+
+class ScalarHead(MLP):
+    """Head for rewards, values and continuation: features (..., F) -> distribution over scalars.
+
+    `dist`: 'symlog_disc' (`TwoHot`), 'normal' (`UnitNormal`) or 'binary' (`Bernoulli`).
+    """
+
+    BUCKETS = 255
+
+    def __init__(self, inputs: int, *, dist: str, **kwargs):
+        if dist not in ("symlog_disc", "normal", "binary"):
+            raise ValueError(f"unknown head distribution {dist!r}: use symlog_disc, normal or binary")
+        super().__init__(inputs, self.BUCKETS if dist == "symlog_disc" else 1, **kwargs)
+        self.dist = dist
+        self.register_buffer("buckets", torch.linspace(-20.0, 20.0, self.BUCKETS), persistent=False)
+
+    def forward(self, feat: Tensor) -> TwoHot | UnitNormal | Bernoulli:
+        out = super().forward(feat)
+        if self.dist == "symlog_disc":
+            return TwoHot(out, self.buckets)
+        return UnitNormal(out) if self.dist == "normal" else Bernoulli(out)
+
+
+class ActorHead(MLP):
+    """Policy: features (..., F) -> distribution over actions (..., A).
+
+    `dist`: 'normal' (tanh mean, std between `min_std` and `max_std`), 'normal_1' (free mean, std 1), 'trunc_normal'
+    (tanh mean, std from `min_std`; upstream never truncates its samples) or 'onehot' (with `unimix`).
+    """
+
+    def __init__(
+        self, inputs: int, actions: int, *, dist: str, min_std: float, max_std: float, unimix: float = 0.0, **kwargs
+    ):
+        if dist not in ("normal", "normal_1", "trunc_normal", "onehot"):
+            raise ValueError(f"unknown --actor_dist {dist!r}: use normal, normal_1, trunc_normal or onehot")
+        super().__init__(inputs, actions if dist in ("normal_1", "onehot") else 2 * actions, **kwargs)
+        self.dist, self.min_std, self.max_std, self.unimix = dist, min_std, max_std, unimix
+
+    def forward(self, feat: Tensor) -> Normal | OneHot:
+        out = super().forward(feat)
+        if self.dist == "onehot":
+            return OneHot(out, self.unimix)
+        if self.dist == "normal_1":
+            return Normal(out, torch.ones_like(out))
+        mean, raw_std = out.chunk(2, -1)
+        if self.dist == "normal":
+            std = (self.max_std - self.min_std) * torch.sigmoid(raw_std + 2.0) + self.min_std
+        else:
+            std = 2.0 * torch.sigmoid(raw_std / 2.0) + self.min_std
+        return Normal(torch.tanh(mean), std)
+
+
+# --- latent dynamics ------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """Latent state with any leading axes.
+
+    deter: (..., D) recurrent state. stoch: (..., S, K) one-hot sample, or (..., S) for Gaussian latents.
+    logit: (..., S, K) raw logits, or (..., 2, S) mean and std for Gaussian latents.
+    """
+
+    deter: Tensor
+    stoch: Tensor
+    logit: Tensor
+
+    def map(self, function) -> "State":
+        return State(*(function(x) for x in self))
+
+    def detach(self) -> "State":
+        return self.map(torch.Tensor.detach)
+
+    @property
+    def feat(self) -> Tensor:
+        """[flatten(stoch); deter], shape (..., F); the class index runs fastest."""
+        lead = self.deter.shape[:-1]
+        return torch.cat([self.stoch.reshape(*lead, -1), self.deter], -1)
+
+
+def stack_states(states: list[State], dim: int) -> State:
+    return State(*(torch.stack(parts, dim) for parts in zip(*states, strict=True)))
+
+
+def where_state(flag: Tensor, yes: State, no: State) -> State:
+    """Per entry: `yes` where `flag` (leading axes) is set, else `no`. Leading axes broadcast."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(flag.reshape(*flag.shape, *[1] * (b.dim() - flag.dim())), a, b)
+
+    return State(*(pick(a, b) for a, b in zip(yes, no, strict=True)))
+
+
+class GRUCell(nn.Module):
+    """GRU with one joint projection, optionally layer-normalised; x (..., H), h (..., D) -> (..., D).
+
+    Differs from the textbook cell: gates come in the order reset, candidate, update; reset scales the candidate's
+    pre-activation; the update gate has a bias of -1.
+    """
+
+    def __init__(self, inputs: int, size: int, norm: bool):
+        super().__init__()
+        self.linear = nn.Linear(inputs + size, 3 * size, bias=False)
+        self.norm = nn.LayerNorm(3 * size, eps=NORM_EPS) if norm else nn.Identity()
+        init_truncated(self.linear)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        reset, candidate, update = full(self.norm(self.linear(torch.cat([x, h], -1)))).chunk(3, -1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1.0)
+        return update * candidate + (1.0 - update) * h
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model with categorical (`classes` > 0) or Gaussian (`classes` = 0) latents.
+
+    Actions are bounded wherever they enter (`bound_action`). `temp_post` gives the posterior the recurrent state beside
+    the embedding. `shared` replaces the posterior network by the prior network, fed with the embedding (zeros for the
+    prior). `rec_depth` > 1 repeats the GRU on its own output, always from the same hidden state, and needs H = D.
+    """
+
+    def __init__(
+        self,
+        *,
+        actions: int,
+        embed: int,
+        stoch: int = 32,
+        classes: int = 32,
+        deter: int = 512,
+        hidden: int = 512,
+        input_layers: int = 1,
+        output_layers: int = 1,
+        rec_depth: int = 1,
+        shared: bool = False,
+        temp_post: bool = True,
+        act: str = "SiLU",
+        norm: str = "LayerNorm",
+        cell: str = "gru_layer_norm",
+        unimix: float = 0.01,
+        initial: str = "learned",
+        mean_act: str = "none",
+        std_act: str = "sigmoid2",
+        min_std: float = 0.1,
+        projection: int = 32,
+    ):
+        super().__init__()
+        if rec_depth > 1 and hidden != deter:
+            raise ValueError(f"--dyn_rec_depth {rec_depth} needs --dyn_hidden equal to --dyn_deter")
+        self.stoch_shape = (stoch, classes) if classes else (stoch,)
+        self.logit_shape = (stoch, classes) if classes else (2, stoch)
+        self.deter, self.embed, self.classes, self.unimix = deter, embed, classes, unimix
+        self.shared, self.temp_post, self.rec_depth = shared, temp_post, rec_depth
+        self.mean_act, self.std_act, self.min_std = mean_act, std_act, min_std
+        self.stoch_size = math.prod(self.stoch_shape)
+        self.feat_size = self.stoch_size + deter
+
+        inputs = self.stoch_size + actions + (embed if shared else 0)
+        self.input = dense_blocks(inputs, hidden, input_layers, act, norm)
+        self.cell = GRUCell(hidden if input_layers else inputs, deter, norm=cell == "gru_layer_norm")
+        self.prior_hidden = dense_blocks(deter, hidden, output_layers, act, norm)
+        self.prior_head = nn.Linear(hidden, math.prod(self.logit_shape))
+        self.post_hidden = dense_blocks(embed + (deter if temp_post else 0), hidden, output_layers, act, norm)
+        self.post_head = nn.Linear(hidden, math.prod(self.logit_shape))
+        self.projector = nn.Linear(self.feat_size, projection, bias=False)
+        for layer in (self.prior_head, self.post_head, self.projector):
+            init_truncated(layer)
+        self.initial_deter = nn.Parameter(torch.zeros(1, deter)) if initial == "learned" else None
+
+    def dist(self, logit: Tensor) -> OneHot | Normal:
+        """Distribution of the stochastic part: per latent group if categorical, joint if Gaussian."""
+        if self.classes:
+            return OneHot(logit, self.unimix)
+        mean, std = logit.unbind(-2)
+        return Normal(mean, std)
+
+    def entropy(self, state: State) -> Tensor:
+        """Entropy in nats, summed over the latent groups, shape (...)."""
+        entropy = self.dist(state.logit).entropy()
+        return entropy.sum(-1) if self.classes else entropy
+
+    def kl(self, left: State, right: State) -> Tensor:
+        """KL(left || right) in nats, summed over the latent groups, shape (...)."""
+        kl = self.dist(left.logit).kl(self.dist(right.logit))
+        return kl.sum(-1) if self.classes else kl
+
+    def initial(self, lead: tuple[int, ...]) -> State:
+        """The state before the first observation, of leading axes `lead`; gradients reach the learned part."""
+        anchor = self.prior_head.weight
+        logit = anchor.new_zeros(*lead, *self.logit_shape, dtype=torch.get_default_dtype())
+        if self.initial_deter is None:
+            zeros = logit.new_zeros
+            return State(zeros(*lead, self.deter), zeros(*lead, *self.stoch_shape), logit)
+        deter = torch.tanh(self.initial_deter[0])
+        stoch = self.prior(deter, sample=False).stoch
+        return State(deter.expand(*lead, -1), stoch.expand(*lead, *self.stoch_shape), logit)
+
+    def prior(self, deter: Tensor, sample: bool = True) -> State:
+        """p(z | h) for any leading axes."""
+        return self._latent(deter, self.prior_head(self.prior_hidden(deter)), sample)
+
+    def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
+        """q(z | h, e) for any leading axes."""
+        x = torch.cat([deter, embed], -1) if self.temp_post else embed
+        return self._latent(deter, self.post_head(self.post_hidden(x)), sample)
+
+    def recur(self, state: State, action: Tensor, embed: Tensor | None = None) -> Tensor:
+        """h' = GRU(z, h, a), shape (..., D)."""
+        x = [state.stoch.reshape(*state.deter.shape[:-1], -1), bound_action(action)]
+        if self.shared:
+            x.append(action.new_zeros(*action.shape[:-1], self.embed) if embed is None else embed)
+        x = self.input(torch.cat(x, -1))
+        for _ in range(self.rec_depth):
+            x = self.cell(x, state.deter)
+        return x
+
+    def img_step(self, state: State, action: Tensor, sample: bool = True) -> State:
+        """One step of imagination: the prior after `action` (..., A)."""
+        return self.prior(self.recur(state, action), sample)
+
+    def obs_step(
+        self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True, initial=None
+    ) -> State:
+        """The posterior after `action` (B, A) led to `embed` (B, E). Rows with `is_first` (B,) start afresh."""
+        initial = self.initial(is_first.shape) if initial is None else initial
+        state = where_state(is_first, initial, state)
+        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+        if self.shared:
+            return self.prior(self.recur(state, action, embed), sample)
+        return self.posterior(self.recur(state, action), embed, sample)
+
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, State]:
+        """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
+        initial = self.initial(is_first.shape[:1])
+        state, posts = initial, []
+        for t in range(embed.shape[1]):
+            state = self.obs_step(state, action[:, t], embed[:, t], is_first[:, t], initial=initial)
+            posts.append(state)
+        post = stack_states(posts, 1)
+        if self.shared:
+            action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+            return post, self.img_step(self.shift(post, is_first), action)
+        # The recurrence needs only the deterministic state, so the priors of all steps are computed at once.
+        return post, self.prior(post.deter)
+
+    def shift(self, state: State, is_first: Tensor) -> State:
+        """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""
+        initial = self.initial(is_first.shape[:1])
+        previous = State(*(torch.cat([i.unsqueeze(1), x[:, :-1]], 1) for i, x in zip(initial, state, strict=True)))
+        return where_state(is_first, initial.map(lambda x: x.unsqueeze(1)), previous)
+
+    def project(self, feat: Tensor) -> Tensor:
+        """Projection (..., F) -> (..., P) in which latents are reconstructed."""
+        return full(self.projector(feat))
+
+    def _latent(self, deter: Tensor, out: Tensor, sample: bool) -> State:
+        logit = full(out).reshape(*deter.shape[:-1], *self.logit_shape)
+        if not self.classes:
+            mean, std = logit.unbind(-2)
+            if self.mean_act == "tanh5":
+                mean = 5.0 * torch.tanh(mean / 5.0)
+            std = {
+                "softplus": F.softplus,
+                "abs": lambda x: torch.abs(x + 1.0),
+                "sigmoid": torch.sigmoid,
+                "sigmoid2": lambda x: 2.0 * torch.sigmoid(x / 2.0),
+            }[self.std_act](std)
+            logit = torch.stack([mean, std + self.min_std], -2)
+        dist = self.dist(logit)
+        return State(deter, dist.sample() if sample else dist.mode, logit)
