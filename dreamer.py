@@ -11,7 +11,6 @@ Counters: `policy_step` counts decisions of the policy summed over environments,
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -342,3 +341,292 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
         eval_state_mean=config.eval_state_mean,
         collect_dyn_sample=config.collect_dyn_sample,
     )
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Everything a training run consists of and a checkpoint restores."""
+
+    def __init__(self, config, logdir: Path, device: torch.device):
+        self.config, self.logdir = config, logdir
+        self.checkpoint_path = logdir / "latest.pt"
+        checkpoint = tools.load_checkpoint(self.checkpoint_path, device)
+        # A resumed run continues with fresh episodes rather than repeating those of its start.
+        resumed_at = checkpoint["count"]["policy_step"] if checkpoint else 0
+        self.train_envs = make_envs(config, "train", resumed_at)
+        self.eval_envs = make_envs(config, "eval", resumed_at) if config.eval_episode_num > 0 else None
+        self.agent = make_agent(config, self.train_envs.observation_space, self.train_envs.action_space, device)
+        self.replay = tools.Replay(
+            capacity=config.dataset_size,
+            batch_size=config.batch_size,
+            batch_length=config.batch_length,
+            num_envs=config.envs,
+            seed=config.seed,
+            extra_rows=config.envs * (config.time_limit // config.action_repeat + 1),
+        )
+        self.should_train = tools.Every(config.batch_size * config.batch_length / config.train_ratio)
+        self.should_pretrain = tools.Once()
+        self.should_log = tools.Every(config.log_every // config.action_repeat)
+        self.should_reset = tools.Every(config.reset_every)
+        # Until this many policy steps actions are random; the first evaluation comes right after.
+        self.prefill = max(config.prefill, config.envs)
+        self.count = {"policy_step": 0, "update": 0, "episode": 0, "next_eval": self.prefill}
+        self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps)
+        if checkpoint:
+            self.restore(checkpoint)
+        elif config.init_from:
+            load_weights(self.agent, config.init_from)
+
+    @property
+    def step(self) -> int:
+        """Environment frames, action repeat included."""
+        return self.count["policy_step"] * self.config.action_repeat
+
+    @property
+    def clocks(self) -> dict:
+        return {k: getattr(self, k) for k in ("should_train", "should_pretrain", "should_log", "should_reset")}
+
+    def updates_owed(self) -> int:
+        return self.config.pretrain if self.should_pretrain() else self.should_train(self.count["policy_step"])
+
+    def write(self, only: str = "") -> None:
+        counters = {k: self.count[k] for k in ("policy_step", "update", "episode")}
+        self.logger.write(self.step, only=only, **counters)
+
+    def save(self) -> None:
+        state = {
+            "agent": self.agent.state_dict(),
+            "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
+            "clocks": {k: v.state_dict() for k, v in self.clocks.items()},
+            "count": dict(self.count),
+            "logger": self.logger.state_dict(),
+            "replay": self.replay.save(self.logdir / "replay"),
+            "rng": tools.rng_state(),
+        }
+        tools.save_checkpoint(self.checkpoint_path, state)
+
+    def restore(self, state: dict) -> None:
+        self.agent.load_state_dict(state["agent"])
+        for name, optimizer in self.agent.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for name, clock in self.clocks.items():
+            clock.load_state_dict(state["clocks"][name])
+        self.count = dict(state["count"])
+        self.logger.load_state_dict(state["logger"])
+        self.replay.load(self.logdir / "replay", state["replay"])
+        tools.set_rng_state(state["rng"])
+        print(f"Resumed {self.logdir} at step {self.step} (update {self.count['update']}).", flush=True)
+
+    def close(self) -> None:
+        self.logger.close()
+        self.train_envs.close()
+        if self.eval_envs is not None:
+            self.eval_envs.close()
+
+
+def env_options(config) -> dict:
+    return {
+        "size": tuple(config.size),
+        "action_repeat": config.action_repeat,
+        "time_limit": config.time_limit // config.action_repeat,
+        "resource_files": config.resource_files,
+        "img_source": config.img_source,
+        "total_frames": config.total_frames,
+    }
+
+
+def make_envs(config, stream: str, start: int = 0) -> envs.Vector:
+    return envs.make_vector(
+        config.task,
+        config.envs,
+        seed=config.seed,
+        stream=stream,
+        start=start,
+        shared_seed=config.shared_env_seed,
+        parallel=config.parallel,
+        **env_options(config),
+    )
+
+
+def load_weights(agent: Agent, path: str) -> None:
+    """`--init_from`: an upstream `latest.pt` or a checkpoint of ours."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise tools.UserError(f"--init_from {path}: no such file")
+    state = tools.load_checkpoint(file, agent.device)
+    if "agent" in state:
+        try:
+            agent.load_state_dict(state["agent"])
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            raise tools.UserError(f"--init_from {path} does not fit this configuration: {first}") from error
+        print(f"Loaded the weights of {path}.", flush=True)
+    else:
+        count = agent.load_upstream(state)
+        print(f"Loaded {count} tensors of upstream from {path}; optimisers and return statistics start afresh.")
+
+
+def grouped(metrics: dict) -> dict:
+    """Upstream's metric names, sorted into TensorBoard groups."""
+
+    def group(name: str) -> str:
+        return "loss" if name.endswith("_loss") else "opt" if name.endswith("_grad_norm") else "train"
+
+    return {f"{group(name)}/{name}": value for name, value in metrics.items()}
+
+
+def env_action(agent: Agent, action: Tensor) -> np.ndarray:
+    action = action.argmax(-1) if agent.discrete else action
+    return action.cpu().numpy()
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: False) -> tuple[dict, np.ndarray | None]:
+    """Mean over the first `episodes` episodes to finish, and the frames (T,H,W,C) of one of them."""
+    done, carry = np.ones(vec.num_envs, bool), None
+    score, length = np.zeros(vec.num_envs), np.zeros(vec.num_envs, int)
+    finished, frames, recording = [], [], True
+    while len(finished) < episodes and not stopped():
+        if done.any():
+            obs = vec.reset(done)
+            score[done], length[done] = 0.0, 0
+        if recording and "image" in obs:
+            frames.append(obs["image"][0])
+        action, carry = agent.policy(obs, carry, training=False)
+        obs, reward, done, info = vec.step(env_action(agent, action))
+        score, length = score + reward, length + 1
+        recording = recording and not done[0]
+        finished += [(score[i], length[i], info["success"][i]) for i in np.flatnonzero(done)]
+    if len(finished) < episodes:
+        return {}, None
+    returns, lengths, successes = np.array(finished[:episodes], np.float64).T
+    metrics = {"return": returns.mean(), "return_std": returns.std(), "length": lengths.mean()}
+    metrics |= {"success": successes.mean(), "episodes": episodes}
+    return {f"eval/{k}": float(v) for k, v in metrics.items()}, np.stack(frames) if frames else None
+
+
+def train(run: Run, stopped) -> None:
+    """Collect and learn until `steps` frames; the last thing it does is an evaluation. `stopped()` ends it early."""
+    config, agent, replay, logger, count = run.config, run.agent, run.replay, run.logger, run.count
+    vec = run.train_envs
+    random, carry = exploration.Random(agent.actions, agent.discrete), None
+    done, score, length = np.ones(vec.num_envs, bool), np.zeros(vec.num_envs), np.zeros(vec.num_envs, int)
+    while not stopped():
+        if count["policy_step"] >= count["next_eval"]:
+            if run.eval_envs is not None:
+                metrics, frames = evaluate(agent, run.eval_envs, config.eval_episode_num, stopped)
+                if stopped():
+                    break
+                logger.scalars(metrics)
+                if frames is not None:
+                    logger.video("eval/policy", frames)
+                run.write(only="eval/")
+            count["next_eval"] += config.eval_every // config.action_repeat
+            run.save()
+            if run.step >= config.steps:
+                return
+        if done.any():
+            obs = vec.reset(done)
+            score[done], length[done] = 0.0, 0
+            blank = {"action": np.zeros((vec.num_envs, agent.actions), np.float32)}
+            replay.add(rows(obs, **blank, reward=np.zeros(vec.num_envs, np.float32)), np.flatnonzero(done))
+        if count["policy_step"] < run.prefill:
+            action = random.actor(torch.zeros(vec.num_envs, 1)).sample()
+        else:
+            for _ in range(run.updates_owed()):
+                logger.scalars(grouped(agent.update(replay.sample())))
+                count["update"] += 1
+            if run.should_log(count["policy_step"]):
+                run.write()
+            carry = None if run.should_reset(count["policy_step"]) else carry
+            action, carry = agent.policy(obs, carry, count["policy_step"])
+        obs, reward, done, info = vec.step(env_action(agent, action))
+        replay.add(rows(obs, action=action.cpu().numpy(), reward=reward))
+        count["policy_step"] += vec.num_envs
+        score, length = score + reward, length + 1
+        for i in np.flatnonzero(done):
+            replay.end(i)
+            count["episode"] += 1
+            episode = {"return": score[i], "length": length[i], "success": info["success"][i]}
+            episode |= {"replay_steps": replay.num_transitions, "replay_episodes": replay.num_episodes}
+            logger.scalars({f"episode/{k}": float(v) for k, v in episode.items()})
+        if done.any():
+            run.write(only="episode/")
+        logger.progress(run.step)
+    run.save()
+
+
+def rows(obs: dict[str, np.ndarray], *, action: np.ndarray, reward: np.ndarray) -> dict[str, np.ndarray]:
+    """What replay keeps of a vector step (n, ...)."""
+    return {**{k: v for k, v in obs.items() if k != "is_last"}, "action": action, "reward": reward}
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise tools.UserError(f"--device {name}: no CUDA device is available here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def run(argv: list[str]) -> int:
+    config = tools.load_config(argv)
+    if not config.logdir:
+        raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
+    envs.prepare(config.task, **env_options(config))
+    device, logdir = pick_device(config.device), Path(config.logdir).expanduser()
+    tools.keep_memory()
+    torch.set_num_threads(config.threads or tools.default_threads(0))
+    tools.seed_everything(config.seed)
+    if config.deterministic_run:
+        tools.enable_deterministic()
+    if config.eval_only:
+        return evaluate_only(config, logdir, device)
+    tools.check_config(config, logdir)
+    tools.save_config(config, logdir, argv)
+    print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
+
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: received.append(number))
+    training = Run(config, logdir, device)
+    try:
+        train(training, lambda: bool(received))
+    finally:
+        training.close()
+    if received:
+        print(f"Stopped by {signal.Signals(received[0]).name}; saved. The same command goes on.", flush=True)
+        return 128 + received[0]
+    return 0
+
+
+def evaluate_only(config, logdir: Path, device: torch.device) -> int:
+    checkpoint = tools.load_checkpoint(logdir / "latest.pt", device)
+    if checkpoint is None and not config.init_from:
+        raise tools.UserError(f"{logdir}/latest.pt does not exist: train first, or give weights with --init_from")
+    vec = make_envs(config, "eval")
+    try:
+        agent = make_agent(config, vec.observation_space, vec.action_space, device)
+        if checkpoint:
+            agent.load_state_dict(checkpoint["agent"])
+        else:
+            load_weights(agent, config.init_from)
+        metrics, _ = evaluate(agent, vec, config.eval_episode_num)
+    finally:
+        vec.close()
+    print("  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    return 0
+
+
+def main() -> int:
+    try:
+        return run(sys.argv[1:])
+    except (tools.UserError, envs.EnvError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

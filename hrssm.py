@@ -94,7 +94,9 @@ def _affine(x: Tensor) -> Tensor:
     cos, sin = angle.cos() / scale, angle.sin() / scale
     matrix = torch.stack([cos, cos * shear - sin, dx, sin, sin * shear + cos, dy], -1).reshape(-1, 2, 3)
     x = x.permute(0, 3, 1, 2)
-    return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False).permute(0, 2, 3, 1)
+    return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False).permute(
+        0, 2, 3, 1
+    )
 
 
 def _blur(x: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ AUGMENTATIONS = {"none": lambda x: x, "intensity": _intensity, "affine": _affine
 
 
 def augment(image: Tensor, names: list[str], prob: float = 1.0) -> Tensor:
-    """Apply the named augmentations in order to images (..., H, W, C), drawn per frame, each with probability `prob`."""
+    """Apply named augmentations in order to images (..., H, W, C), drawn per frame, each with probability `prob`."""
     x = image.reshape(-1, *image.shape[-3:])
     for name in names:
         changed = AUGMENTATIONS[name](x)
@@ -143,7 +145,12 @@ def latent_reconstruction_loss(projected: Tensor, raw_projected: Tensor) -> Tens
 
 
 def bisimulation_loss(
-    post_feat: Tensor, raw_post_feat: Tensor, prior_feat: Tensor, raw_prior_feat: Tensor, reward: Tensor, discount: float
+    post_feat: Tensor,
+    raw_post_feat: Tensor,
+    prior_feat: Tensor,
+    raw_prior_feat: Tensor,
+    reward: Tensor,
+    discount: float,
 ) -> Tensor:
     """Distances between features match reward differences plus discounted distances between successors.
 
@@ -240,9 +247,7 @@ class HybridRSSM(nn.Module):
         return hidden
 
     @torch.no_grad()
-    def raw_branch(
-        self, obs: dict[str, Tensor], post: State, action: Tensor, is_first: Tensor
-    ) -> tuple[State, State]:
+    def raw_branch(self, obs: dict[str, Tensor], post: State, action: Tensor, is_first: Tensor) -> tuple[State, State]:
         """Clean frames, EMA weights and the mask branch's history -> posterior and prior (B,T,*), no recurrence.
 
         The posterior of step t is q(z | h_t, clean frame) on the mask branch's h_t. The prior of step t is one
@@ -252,7 +257,7 @@ class HybridRSSM(nn.Module):
         action = torch.where(is_first.unsqueeze(-1), 0.0, action)
         embed = self.raw_encoder(obs)
         if rssm.shared:
-            raw_post = rssm.prior(rssm.recur(rssm.shift(post, is_first), action, embed))
+            raw_post = rssm.img_step(rssm.shift(post, is_first), action, embed=embed)
         else:
             raw_post = rssm.posterior(post.deter, embed)
         return raw_post, rssm.img_step(rssm.shift(raw_post, is_first), action)

@@ -5,10 +5,10 @@ Shape letters: `B` batch, `T` time, `H` imagination length, `N` flattened B*T, `
 
 Time convention. A row holds an observation and the action that led to it:
 
-    t            0        1        2        3    | 0'          row t:  obs_t, action_t = a_{t-1 -> t}, reward_t on arrival
-    action       0       a0       a1       a2    | 0           rssm.obs_step(state_{t-1}, action_t, embed_t, is_first_t)
+    t            0        1        2        3    | 0'         row t: obs_t, action_t = a_{t-1 -> t}, reward_t on arrival
+    action       0       a0       a1       a2    | 0          rssm.obs_step(state_{t-1}, action_t, embed_t, is_first_t)
     obs         o0       o1       o2       o3    | o0'         heads predict reward_t and cont_t from feat_t
-    reward       0       r1       r2       r3    | 0           is_first_t = 1: state_{t-1} and action_t are discarded
+    reward       0       r1       r2       r3    | 0          is_first_t = 1: state_{t-1} and action_t are discarded
     is_first     1        0        0        0    | 1
 
 Each learner has a `loss` that reads tensors and returns scalars, and an `update` that takes one optimiser step. Metrics
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import hrssm
 import tools
-from networks import RSSM, ActorHead, ScalarHead, State, bound_action
+from networks import RSSM, ActorHead, Normal, OneHot, ScalarHead, State, bound_action, stack_states
 
 
 def autocast(reference: Tensor, enabled: bool) -> torch.autocast:
@@ -54,8 +54,8 @@ class WorldModel(nn.Module):
     """Hybrid RSSM with reward and continuation heads.
 
     Keyword arguments carry upstream's flag names: `mbr_scale` weighs the latent-reconstruction loss (absent with
-    `nomlr`), `simsr_scale` the bisimulation loss (absent with `nosimsr`), `simsr_reward_scale` multiplies rewards inside
-    the latter. Heads outside `grad_heads` train on detached features.
+    `nomlr`), `simsr_scale` the bisimulation loss (absent with `nosimsr`), `simsr_reward_scale` multiplies rewards
+    inside the latter. Heads outside `grad_heads` train on detached features.
     """
 
     def __init__(
@@ -241,21 +241,18 @@ class ActorCritic(nn.Module):
         self.actor_optimizer = tools.Optimizer("actor", actor.parameters(), **actor_optimizer)
         self.value_optimizer = tools.Optimizer("value", critic.parameters(), **value_optimizer)
 
-    def imagine(self, rssm: RSSM, start: State) -> tuple[State, Tensor, Tensor, Tensor]:
-        """Roll the policy out from `start` (N,*): states, actions (H,N,A), policy entropy and log-probability (H,N)."""
-        state, states, actions, entropies, log_probs = start, [], [], [], []
+    def imagine(self, rssm: RSSM, start: State) -> tuple[State, Tensor, Normal | OneHot]:
+        """Roll the policy out from `start` (N,*): states (H,N,*), actions (H,N,A) and the policy's distributions."""
+        state, states, actions, outputs = start, [], [], []
         for k in range(self.imag_horizon):
             feat = state.feat.detach() if self.behavior_stop_grad else state.feat
-            policy = self.actor(feat)
-            action = bound_action(policy.sample())
+            outputs.append(self.actor.outputs(feat))
+            action = bound_action(self.actor.policy(outputs[-1]).sample())
             states.append(state)
             actions.append(action)
-            entropies.append(policy.entropy())
-            log_probs.append(policy.log_prob(action))
             if k < self.imag_horizon - 1:
                 state = rssm.img_step(state, action, self.imag_sample)
-        states = State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
-        return states, torch.stack(actions), torch.stack(entropies), torch.stack(log_probs)
+        return stack_states(states, 0), torch.stack(actions), self.actor.policy(torch.stack(outputs))
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -265,7 +262,8 @@ class ActorCritic(nn.Module):
         `reward_fn(feat, action)` -> (H,N) replaces the reward head.
         """
         with frozen(world_model, self.critic), autocast(start.deter, self.bf16):
-            states, action, entropy, log_prob = self.imagine(world_model.rssm, start)
+            states, action, policy = self.imagine(world_model.rssm, start)
+            entropy = policy.entropy()
             # (H, N, F)
             feat = states.feat
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
@@ -290,7 +288,7 @@ class ActorCritic(nn.Module):
         if self.imag_gradient == "dynamics":
             objective = advantage
         else:
-            objective = log_prob[:-1] * (returns - value[:-1]).detach()
+            objective = policy.log_prob(action)[:-1] * (returns - value[:-1]).detach()
             if self.imag_gradient == "both":
                 objective = self.imag_gradient_mix * returns + (1.0 - self.imag_gradient_mix) * objective
                 metrics["imag_gradient_mix"] = self.imag_gradient_mix

@@ -66,21 +66,22 @@ class OneHot:
     """
 
     def __init__(self, logits: Tensor, unimix: float = 0.0):
+        self.logits, self.unimix = logits, unimix
+        self.probs = torch.softmax(logits, -1)
         if unimix:
-            probs = torch.softmax(logits, -1) * (1.0 - unimix) + unimix / logits.shape[-1]
-            self.log_probs = torch.log(probs)
-        else:
-            self.log_probs = torch.log_softmax(logits, -1)
-            probs = torch.exp(self.log_probs)
-        self.probs = probs
+            self.probs = self.probs * (1.0 - unimix) + unimix / logits.shape[-1]
+
+    @property
+    def log_probs(self) -> Tensor:
+        return torch.log(self.probs) if self.unimix else torch.log_softmax(self.logits, -1)
 
     def sample(self) -> Tensor:
         return draw_onehot(self.probs.detach()) + (self.probs - self.probs.detach())
 
     @property
     def mode(self) -> Tensor:
-        onehot = F.one_hot(self.log_probs.argmax(-1), self.log_probs.shape[-1])
-        return onehot + (self.log_probs - self.log_probs.detach())
+        log_probs = self.log_probs
+        return F.one_hot(log_probs.argmax(-1), log_probs.shape[-1]) + (log_probs - log_probs.detach())
 
     def log_prob(self, onehot: Tensor) -> Tensor:
         return self.log_probs.gather(-1, onehot.argmax(-1, keepdim=True)).squeeze(-1)
@@ -200,6 +201,11 @@ def init_uniform(module: nn.Module, scale: float) -> None:
     limit = math.sqrt(6.0 * scale / (fan_in + fan_out))
     nn.init.uniform_(module.weight, -limit, limit)
     nn.init.zeros_(module.bias)
+
+
+def split_linear(blocks: nn.Sequential, sizes: list[int]) -> tuple[Tensor, ...]:
+    """The first weight (units, sum(sizes)) cut by inputs: W [x; y] = W_x x + W_y y saves joining x and y."""
+    return blocks[0].weight.split(sizes, 1)
 
 
 def dense_blocks(inputs: int, units: int, layers: int, act: str, norm: str) -> nn.Sequential:
@@ -482,7 +488,14 @@ class ActorHead(MLP):
         self.dist, self.min_std, self.max_std, self.unimix = dist, min_std, max_std, unimix
 
     def forward(self, feat: Tensor) -> Normal | OneHot:
-        out = super().forward(feat)
+        return self.policy(self.outputs(feat))
+
+    def outputs(self, feat: Tensor) -> Tensor:
+        """The network's outputs, parameters of the distribution."""
+        return super().forward(feat)
+
+    def policy(self, out: Tensor) -> Normal | OneHot:
+        """Distribution from the network's outputs."""
         if self.dist == "onehot":
             return OneHot(out, self.unimix)
         if self.dist == "normal_1":
@@ -532,7 +545,7 @@ def where_state(flag: Tensor, yes: State, no: State) -> State:
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(flag.reshape(*flag.shape, *[1] * (b.dim() - flag.dim())), a, b)
 
-    return State(*(pick(a, b) for a, b in zip(yes, no, strict=True)))
+    return State(*map(pick, yes, no))
 
 
 class GRUCell(nn.Module):
@@ -588,6 +601,8 @@ class RSSM(nn.Module):
         projection: int = 32,
     ):
         super().__init__()
+        if input_layers < 1 or output_layers < 1:
+            raise ValueError("--dyn_input_layers and --dyn_output_layers must be at least 1")
         if rec_depth > 1 and hidden != deter:
             raise ValueError(f"--dyn_rec_depth {rec_depth} needs --dyn_hidden equal to --dyn_deter")
         self.stoch_shape = (stoch, classes) if classes else (stoch,)
@@ -598,12 +613,14 @@ class RSSM(nn.Module):
         self.stoch_size = math.prod(self.stoch_shape)
         self.feat_size = self.stoch_size + deter
 
-        inputs = self.stoch_size + actions + (embed if shared else 0)
-        self.input = dense_blocks(inputs, hidden, input_layers, act, norm)
-        self.cell = GRUCell(hidden if input_layers else inputs, deter, norm=cell == "gru_layer_norm")
+        # The first layers see several inputs side by side; their products are taken one by one (see `split_linear`).
+        self.input_sizes = [self.stoch_size, actions] + [embed] * shared
+        self.post_sizes = [deter] * temp_post + [embed]
+        self.input = dense_blocks(sum(self.input_sizes), hidden, input_layers, act, norm)
+        self.cell = GRUCell(hidden, deter, norm=cell == "gru_layer_norm")
         self.prior_hidden = dense_blocks(deter, hidden, output_layers, act, norm)
         self.prior_head = nn.Linear(hidden, math.prod(self.logit_shape))
-        self.post_hidden = dense_blocks(embed + (deter if temp_post else 0), hidden, output_layers, act, norm)
+        self.post_hidden = dense_blocks(sum(self.post_sizes), hidden, output_layers, act, norm)
         self.post_head = nn.Linear(hidden, math.prod(self.logit_shape))
         self.projector = nn.Linear(self.feat_size, projection, bias=False)
         for layer in (self.prior_head, self.post_head, self.projector):
@@ -644,47 +661,74 @@ class RSSM(nn.Module):
 
     def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
         """q(z | h, e) for any leading axes."""
-        x = torch.cat([deter, embed], -1) if self.temp_post else embed
-        return self._latent(deter, self.post_head(self.post_hidden(x)), sample)
+        return self._posterior(deter, self._embed_part(embed), sample)
 
-    def recur(self, state: State, action: Tensor, embed: Tensor | None = None) -> Tensor:
-        """h' = GRU(z, h, a), shape (..., D)."""
-        x = [state.stoch.reshape(*state.deter.shape[:-1], -1), bound_action(action)]
-        if self.shared:
-            x.append(action.new_zeros(*action.shape[:-1], self.embed) if embed is None else embed)
-        x = self.input(torch.cat(x, -1))
-        for _ in range(self.rec_depth):
-            x = self.cell(x, state.deter)
-        return x
+    def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
+        """One step of imagination: the prior after `action` (..., A). `embed` serves `shared` posteriors only."""
+        return self.prior(self._recur(state, self._action_part(action, embed)), sample)
 
-    def img_step(self, state: State, action: Tensor, sample: bool = True) -> State:
-        """One step of imagination: the prior after `action` (..., A)."""
-        return self.prior(self.recur(state, action), sample)
-
-    def obs_step(
-        self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True, initial=None
-    ) -> State:
-        """The posterior after `action` (B, A) led to `embed` (B, E). Rows with `is_first` (B,) start afresh."""
-        initial = self.initial(is_first.shape) if initial is None else initial
-        state = where_state(is_first, initial, state)
-        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
-        if self.shared:
-            return self.prior(self.recur(state, action, embed), sample)
-        return self.posterior(self.recur(state, action), embed, sample)
+    def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
+        """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
+        inputs = self._filter_inputs(embed, action, is_first)
+        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), sample)
 
     def observe(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
         initial = self.initial(is_first.shape[:1])
+        # What does not depend on the recurrence is computed for all steps at once.
+        steps = zip(*(x.unbind(1) for x in (*self._filter_inputs(embed, action, is_first), is_first)), strict=True)
         state, posts = initial, []
-        for t in range(embed.shape[1]):
-            state = self.obs_step(state, action[:, t], embed[:, t], is_first[:, t], initial=initial)
+        for action_part, embed_part, first in steps:
+            state = self._filter(state, action_part, embed_part, first, initial)
             posts.append(state)
         post = stack_states(posts, 1)
         if self.shared:
-            action = torch.where(is_first.unsqueeze(-1), 0.0, action)
-            return post, self.img_step(self.shift(post, is_first), action)
-        # The recurrence needs only the deterministic state, so the priors of all steps are computed at once.
+            return post, self.img_step(self.shift(post, is_first), torch.where(is_first.unsqueeze(-1), 0.0, action))
         return post, self.prior(post.deter)
+
+    def _filter_inputs(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
+        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+        return self._action_part(action, embed), self._embed_part(embed)
+
+    def _filter(
+        self,
+        state: State,
+        action_part: Tensor,
+        embed_part: Tensor,
+        is_first: Tensor,
+        initial: State,
+        sample: bool = True,
+    ) -> State:
+        deter = self._recur(where_state(is_first, initial, state), action_part)
+        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, sample)
+
+    def _action_part(self, action: Tensor, embed: Tensor | None) -> Tensor:
+        """Share of the action (and, if `shared`, of the embedding; zeros by default) in the input layer, (..., H)."""
+        _, weight, *rest = split_linear(self.input, self.input_sizes)
+        part = F.linear(bound_action(action), weight)
+        return part + F.linear(embed, rest[0]) if rest and embed is not None else part
+
+    def _embed_part(self, embed: Tensor) -> Tensor:
+        """Share of the embedding in the posterior's first layer, (..., H)."""
+        return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
+
+    def _recur(self, state: State, action_part: Tensor) -> Tensor:
+        """h' = GRU(z, h, a), shape (..., D)."""
+        stoch = state.stoch.reshape(*state.deter.shape[:-1], -1)
+        x = F.linear(stoch, split_linear(self.input, self.input_sizes)[0]) + action_part
+        for layer in list(self.input)[1:]:
+            x = layer(x)
+        for _ in range(self.rec_depth):
+            x = self.cell(x, state.deter)
+        return x
+
+    def _posterior(self, deter: Tensor, embed_part: Tensor, sample: bool) -> State:
+        x = embed_part
+        if self.temp_post:
+            x = x + F.linear(deter, split_linear(self.post_hidden, self.post_sizes)[0])
+        for layer in list(self.post_hidden)[1:]:
+            x = layer(x)
+        return self._latent(deter, self.post_head(x), sample)
 
     def shift(self, state: State, is_first: Tensor) -> State:
         """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""

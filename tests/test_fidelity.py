@@ -137,7 +137,7 @@ def test_five_updates_equal_upstream(variant, precision, monkeypatch):
         metrics = replica.update(index)
         assert metrics.keys() == update["metrics"].keys()
         for name, value in update["metrics"].items():
-            close(metrics[name], value, rtol, rtol * 0.01, f"update {index}: {name}")
+            close(metrics[name], value, rtol, atol if peaked else rtol * 0.01, f"update {index}: {name}")
         close(replica.agent.actor_critic.return_norm.quantiles, update["reward_ema"], rtol, atol, "return quantiles")
         if peaked and not double:
             continue  # the gradients of saturated latents are rounding noise in float32

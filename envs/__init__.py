@@ -1,0 +1,112 @@
+"""Environments by name: `make("dmc_walker_stand")` for one, `make_vector` for several in worker processes.
+
+A suite is a module with two functions, imported on first use:
+
+    parse(rest: str) -> (domain, name, variant)    # `rest` is the task string after the suite; raises EnvError
+    prepare(task: Task, *, size, action_repeat, seed, start, task_seed, resource_files, img_source, total_frames)
+        -> Callable[[], gymnasium.Env]             # checks everything first; the result is picklable
+
+The environment is a stock `gymnasium.Env` with a Dict observation space (key `image`: uint8 (H, W, 3)). To add a
+family, write such a module and name it in `SUITES`. Nothing in this package imports torch: workers start in a
+fraction of the time and memory without it.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import gymnasium
+import numpy as np
+from gymnasium.wrappers import TimeLimit
+
+from envs.task import EnvError, Task
+from envs.vector import Vector
+
+__all__ = ["EnvError", "Task", "Vector", "make", "make_vector", "parse_task", "prepare"]
+
+SUITES = {"dmc": "envs.dmc"}
+STREAMS = ("train", "eval")
+
+
+def parse_task(task: str) -> Task:
+    """Split `{suite}_{domain}_{name}[_{variant}]`; an unknown part raises EnvError with what exists."""
+    suite, _, rest = task.partition("_")
+    if suite not in SUITES:
+        raise EnvError(f"unknown suite {suite!r} in task {task!r}: there is {', '.join(SUITES)} (dmc_walker_stand)")
+    return Task(suite, *_suite(suite).parse(rest))
+
+
+def prepare(
+    task: str,
+    *,
+    size: tuple[int, int] = (64, 64),
+    action_repeat: int = 2,
+    time_limit: int = 500,
+    seed: int | np.random.SeedSequence = 0,
+    start: int = 0,
+    task_seed: int | None = None,
+    resource_files: str = "../distractors/*.mp4",
+    img_source: str = "video",
+    total_frames: int = 1000,
+) -> Callable[[], gymnasium.Env]:
+    """Check the task and its files, decode what it needs, and return a picklable constructor of the environment.
+
+    Args:
+        size: height and width of `image` in pixels.
+        action_repeat: inner steps per agent step.
+        time_limit: agent steps after which an episode is truncated.
+        seed: source of every random choice of this environment.
+        start: a further number to draw from, except for the choice of clips. A resumed run passes its step, so that it
+            goes on with other episodes before the same backgrounds.
+        task_seed: seeds the simulator alone, in place of what follows from `seed` and `start`.
+        resource_files: glob or folder of the background files (`~` is expanded).
+        img_source: what replaces the background of a `_video` task: video, images, color or noise.
+        total_frames: length of the background sequence; 0 takes every frame of every file once.
+
+    Raises:
+        EnvError: unknown task, no usable background file, or no way to render.
+    """
+    parsed = parse_task(task)
+    if min(*size, action_repeat, time_limit) < 1 or total_frames < 0:
+        raise EnvError("size, action_repeat and time_limit must be at least 1, and total_frames at least 0")
+    constructor = _suite(parsed.suite).prepare(
+        parsed,
+        size=tuple(size),
+        action_repeat=action_repeat,
+        seed=seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed),
+        start=start,
+        task_seed=task_seed,
+        resource_files=resource_files,
+        img_source=img_source,
+        total_frames=total_frames,
+    )
+    return functools.partial(_construct, constructor, time_limit)
+
+
+def make(task: str, **options) -> gymnasium.Env:
+    """One environment in this process. Options as in `prepare`."""
+    return prepare(task, **options)()
+
+
+def make_vector(
+    task: str, n: int, *, seed: int, stream: str, parallel: bool, shared_seed: bool = False, **options
+) -> Vector:
+    """`n` environments of one task, each with its own random stream; `train` and `eval` streams never meet.
+
+    Args:
+        stream: "train" or "eval".
+        parallel: one worker process per environment; otherwise all live here and step one after the other.
+        shared_seed: seed every simulator with `seed`, as the original research code did (equal initial states).
+        options: as in `prepare`, except `seed` and `task_seed`.
+    """
+    seeds = np.random.SeedSequence([seed, STREAMS.index(stream)]).spawn(n)
+    task_seed = seed if shared_seed else None
+    return Vector([prepare(task, seed=s, task_seed=task_seed, **options) for s in seeds], parallel=parallel)
+
+
+def _suite(name: str):
+    return importlib.import_module(SUITES[name])
+
+
+def _construct(constructor: Callable[[], gymnasium.Env], time_limit: int) -> gymnasium.Env:
+    return TimeLimit(constructor(), max_episode_steps=time_limit)

@@ -1,0 +1,34 @@
+"""The `_video` look of the control suite: blue floor and sky, and every blue pixel replaced by a background frame.
+
+The colours are functional, not decoration: they decide which pixels are replaced. They are those of the suite that
+"Learning Invariant Representations for Reinforcement Learning without Reconstruction" (Zhang et al., ICLR 2021)
+introduced and that later work on natural-video distractors, HRSSM among it, trains on.
+"""
+
+import numpy as np
+
+MATERIALS, SKYBOX = "./common/materials.xml", "./common/skybox.xml"
+
+# file -> (tag, name) -> attributes to set
+Edits = dict[str, dict[tuple[str, str], dict[str, str]]]
+
+# Decoration turns brown so that parts such as the caps of `finger` are kept.
+BLUE_FLOOR = {
+    ("texture", "grid"): {"rgb1": ".1 .1 .4", "rgb2": ".2 .2 .8", "markrgb": ".1 .1 .4"},
+    ("material", "decoration"): {"rgba": ".7 .5 .3 1"},
+}
+GREY_FLOOR = {("texture", "grid"): {"rgb1": ".1 .1 .1", "rgb2": ".2 .2 .2", "markrgb": ".1 .1 .1"}}
+GREY_FLOOR_DOMAINS = ("cheetah", "hopper", "stacker", "walker")
+BLACK_STARS = {("texture", "skybox"): {"markrgb": "0 0 0"}}
+
+
+def look(domain: str) -> Edits:
+    """Changes to the shared assets of the suite for one domain. (`fish` brings a sky of its own, which stays.)"""
+    return {MATERIALS: GREY_FLOOR if domain in GREY_FLOOR_DOMAINS else BLUE_FLOOR, SKYBOX: BLACK_STARS}
+
+
+def matte(image: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Replace each pixel of `image` (H, W, 3) whose blue exceeds both red and green by that of `frame`, broadcast."""
+    red, green, blue = np.moveaxis(image, -1, 0)
+    keyed = (blue > green) & (blue > red)
+    return np.where(keyed[..., None], frame, image)

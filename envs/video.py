@@ -1,0 +1,212 @@
+"""Background frames for distraction tasks, from videos, pictures, a colour or noise.
+
+A source is called once per observation, `source(first)`, with `first` true after a reset, and returns a uint8 frame
+that broadcasts to (H, W, 3). Clips are decoded once, to grey frames of the size of the observation, into a file that
+all worker processes map into memory; a source holds paths and a position, so it is small to pickle.
+"""
+
+import atexit
+import functools
+import glob
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+
+from envs.task import EnvError
+
+Clip = tuple[str, int]  # .npy file of frames (N, H, W) uint8, and how many of them to use
+Decoder = Callable[[str, tuple[int, int]], list[np.ndarray]]
+
+
+def make_source(kind: str, *, resource_files: str, total_frames: int, size: tuple[int, int], clip_seed: int, seed: int):
+    """The source `kind` (video, images, color or noise) with frames of `size` (H, W).
+
+    `clip_seed` decides which clips make up the sequence, `seed` everything else.
+
+    Raises:
+        EnvError: unknown kind, no file matches `resource_files`, or none of them can be read.
+    """
+    if kind in DECODERS:
+        files = find_files(kind, resource_files)
+        return Clips(select(files, total_frames, size, np.random.default_rng(clip_seed), DECODERS[kind]), seed)
+    if kind == "color":
+        return Colour(seed)
+    if kind == "noise":
+        return Noise(size, seed)
+    raise EnvError(f"unknown --img_source {kind!r}: there is {', '.join(DECODERS)}, color, noise")
+
+
+class Clips:
+    """Grey frames of several clips in a row, one frame further per observation, from a random start, for ever.
+
+    Resets do not move the position: the sequence runs on through all episodes and wraps at its end.
+    """
+
+    def __init__(self, clips: Sequence[Clip], seed: int):
+        self.clips = clips
+        self.ends = np.cumsum([count for _, count in clips])
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        self.position = int(np.random.default_rng(seed).integers(self.ends[-1]))
+
+    def __call__(self, first: bool) -> np.ndarray:
+        clip = np.searchsorted(self.ends, self.position, side="right")
+        frame = self._frames[clip][self.position - self.ends[clip]]  # an index from the end of the part in use
+        self.position = (self.position + 1) % int(self.ends[-1])
+        return frame[..., None]
+
+    @functools.cached_property
+    def _frames(self) -> list[np.ndarray]:
+        # Opened on first use, after the source has reached its process: a pickled memory map would carry its data.
+        maps = {path: np.load(path, mmap_mode="r") for path, _ in self.clips}
+        return [maps[path][:count] for path, count in self.clips]
+
+
+class Colour:
+    """One random colour for the whole frame, drawn anew at each reset."""
+
+    def __init__(self, seed: int):
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, first: bool) -> np.ndarray:
+        if first:
+            self._colour = self._rng.integers(0, 256, (1, 1, 3), np.uint8)
+        return self._colour
+
+
+class Noise:
+    """Uniform random pixels, drawn anew for each observation."""
+
+    def __init__(self, size: tuple[int, int], seed: int):
+        self._shape = (*size, 3)
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, first: bool) -> np.ndarray:
+        return self._rng.integers(0, 256, self._shape, np.uint8)
+
+
+def find_files(kind: str, pattern: str) -> list[str]:
+    """Files that match a glob, or all files of a folder, sorted. Raises EnvError when there are none."""
+    expanded = os.path.expanduser(pattern)
+    if os.path.isdir(expanded):
+        expanded = os.path.join(glob.escape(expanded), "*")
+    files = sorted(path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path))
+    if not files:
+        noun, example = ("video", "DIR/*.mp4") if kind == "video" else ("picture", "DIR/*.jpg")
+        raise EnvError(f"no {noun} matches {pattern}: put files there or pass --resource_files '{example}'")
+    return files
+
+
+def select(
+    files: Sequence[str], total_frames: int, size: tuple[int, int], rng: np.random.Generator, decode: Decoder
+) -> list[Clip]:
+    """Whole clips in random order until `total_frames` frames are gathered; the last clip is cut.
+
+    When the list is used up it is shuffled again and goes on. `total_frames` 0 takes every clip once. A file that
+    cannot be decoded is skipped with a warning.
+    """
+    clips, gathered, usable = [], 0, list(files)
+    while usable:
+        for path in map(str, rng.permutation(usable)):
+            clip = cached(path, size, decode)
+            if clip is None:
+                warnings.warn(f"skipping {path}: it cannot be decoded", stacklevel=2)
+                usable.remove(path)
+                continue
+            name, count = clip
+            if total_frames:
+                count = min(count, total_frames - gathered)
+            clips.append((name, count))
+            gathered += count
+            if gathered == total_frames:
+                return clips
+        if clips and not total_frames:
+            return clips
+    raise EnvError(f"none of the {len(files)} files such as {files[0]} can be decoded: replace them")
+
+
+def cached(path: str, size: tuple[int, int], decode: Decoder) -> Clip | None:
+    """The decoded frames of one file as a .npy file in the cache and their number; None if it cannot be decoded."""
+    stat = os.stat(path)
+    height, width = size
+    key = f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{height}x{width}|{decode.__name__}"
+    folder = cache_dir(os.environ.get("HRSSM_CACHE") or "~/.cache/hrssm")
+    target = folder / f"{Path(path).stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    if not target.exists():
+        frames = decode(path, size)
+        if not frames:
+            return None
+        print(f"decoded {path}: {len(frames)} frames of {height}x{width}", file=sys.stderr)
+        _write(target, np.stack(frames))
+    return str(target), len(np.load(target, mmap_mode="r"))
+
+
+@functools.cache
+def cache_dir(root: str) -> Path:
+    """The folder `video` in `root`, or if that cannot be written one that is deleted when this process ends."""
+    folder = Path(root).expanduser() / "video"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+    else:
+        if os.access(folder, os.W_OK):
+            return folder
+        reason = "not writable"
+    warnings.warn(f"cannot keep decoded videos in {folder} ({reason}): set HRSSM_CACHE to a folder", stacklevel=2)
+    folder = tempfile.mkdtemp(prefix="hrssm-video-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def decode_video(path: str, size: tuple[int, int]) -> list[np.ndarray]:
+    """All frames (H, W) uint8 of a video, or none if any part of it is damaged.
+
+    Grey is ffmpeg's `gray` format (full range), then bilinear scaling that ignores the aspect ratio.
+    """
+    height, width = size
+    try:
+        with av.open(path) as container:
+            if container.streams.video:
+                container.streams.video[0].thread_type = "AUTO"
+            return [cv2.resize(frame.to_ndarray(format="gray"), (width, height)) for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError):  # IndexError: no video in the file
+        return []
+
+
+def decode_picture(path: str, size: tuple[int, int]) -> list[np.ndarray]:
+    """The one frame (H, W) uint8 of a picture, or none if it is damaged."""
+    height, width = size
+    picture = cv2.imread(path, cv2.IMREAD_GRAYSCALE)
+    return [] if picture is None else [cv2.resize(picture, (width, height))]
+
+
+DECODERS: dict[str, Decoder] = {"video": decode_video, "images": decode_picture}
+
+
+def _write(target: Path, frames: np.ndarray) -> None:
+    # Several runs may decode the same clip at once: each writes a file of its own, and the last rename wins.
+    partial = target.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            np.save(file, frames)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise EnvError(f"cannot write {target} ({error.strerror}): free some space or set HRSSM_CACHE") from None

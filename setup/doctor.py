@@ -1,0 +1,131 @@
+"""Checks that this machine can train: one line per check, with the fix for what fails; exit status 1 on a failure.
+
+Run it as `setup/run.sh python setup/doctor.py`. A warning means that training runs, but less well than it could.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+SETUP = Path(__file__).resolve().parent
+INSTALL = f"rm -r {SETUP.parent / '.venv'}, then run setup/run.sh again"
+RENDER = """
+from dm_control import suite
+frame = suite.load("cartpole", "balance").physics.render(64, 64, camera_id=0)
+assert frame.shape == (64, 64, 3) and frame.std() > 1, "the frame is blank"
+"""
+Line = tuple[str, str, str]  # "ok", "warn" or "FAIL"; what was found; the fix
+
+
+def check_python() -> Iterator[Line]:
+    version = "python {}.{}.{}".format(*sys.version_info)
+    yield "ok" if sys.version_info >= (3, 11) else "FAIL", version, "use Python 3.11 or newer: PYTHON=... setup/run.sh"
+
+
+def check_packages() -> Iterator[Line]:
+    """Every pinned requirement is installed in exactly that version (a local build tag such as +cpu is free)."""
+    pins = re.findall(
+        r"^([\w-]+)==(\S+)", "".join(p.read_text() for p in sorted(SETUP.glob("requirements*.txt"))), re.M
+    )
+    wrong = []
+    for name, wanted in pins:
+        try:
+            found = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found = "missing"
+        if found != wanted:
+            wrong.append(f"{name} is {found}, not {wanted}")
+    yield "FAIL" if wrong else "ok", f"{len(pins)} pinned packages" + "".join(f"; {w}" for w in wrong), INSTALL
+
+
+def check_torch() -> Iterator[Line]:
+    try:
+        import torch
+    except ImportError as error:
+        yield "FAIL", f"torch: {error}", INSTALL
+        return
+    cores = len(os.sched_getaffinity(0))
+    yield "ok", f"torch {torch.__version__}, {cores} CPU cores, {torch.get_num_threads()} threads", ""
+    if torch.cuda.is_available():
+        torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")
+        memory = torch.cuda.mem_get_info()[1] / 2**30
+        yield "ok", f"GPU {torch.cuda.get_device_name()}, {memory:.0f} GiB, CUDA {torch.version.cuda}", ""
+    elif Path("/proc/driver/nvidia/version").exists():
+        yield (
+            "warn",
+            "torch sees no GPU although there is an NVIDIA driver",
+            "check nvidia-smi and CUDA_VISIBLE_DEVICES",
+        )
+    else:
+        yield "ok", "no GPU, training runs on the CPU", ""
+
+
+def check_rendering() -> Iterator[Line]:
+    """Renders a frame in a fresh process per way of rendering, since a process can use only one of them."""
+    asked = os.environ.get("MUJOCO_GL")
+    works = False
+    for backend in [asked] if asked else ["egl", "osmesa"]:
+        start = time.perf_counter()
+        environ = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+        run = subprocess.run([sys.executable, "-c", RENDER], env=environ, capture_output=True, text=True)
+        if run.returncode == 0:
+            works = True
+            yield "ok", f"rendering with {backend}, {time.perf_counter() - start:.1f} s to the first frame", ""
+        else:
+            reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+            fix = "run setup/install.sh; on NVIDIA containers set NVIDIA_DRIVER_CAPABILITIES=all"
+            last = backend in (asked, "osmesa")
+            yield "FAIL" if last and not works else "warn", f"rendering with {backend}: {reason}", fix
+
+
+def check_cache() -> Iterator[Line]:
+    folder = Path(os.environ.get("HRSSM_CACHE") or "~/.cache/hrssm").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        yield (
+            "warn",
+            f"cannot keep decoded videos in {folder}: {error.strerror}",
+            "set HRSSM_CACHE to a writable folder",
+        )
+    else:
+        yield "ok", f"decoded videos are kept in {folder}", ""
+
+
+def check_replay() -> Iterator[Line]:
+    """Room for a full replay of the default size, in memory and (its saved copy) on the disk of this folder."""
+    import yaml
+
+    steps = int(yaml.safe_load((SETUP.parent / "configs.yaml").read_text())["defaults"]["dataset_size"])
+    needed = steps * 64 * 64 * 3 / 2**30
+    meminfo = Path("/proc/meminfo").read_text()
+    memory = int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) / 2**20
+    disk = shutil.disk_usage(".").free / 2**30
+    text = f"a full replay takes {needed:.1f} GiB; free: memory {memory:.1f} GiB, disk here {disk:.1f} GiB"
+    fits = needed < min(memory, disk)
+    yield "ok" if fits else "warn", text, "runs that fill it need a smaller --dataset_size or --steps"
+
+
+CHECKS = [check_python, check_packages, check_torch, check_rendering, check_cache, check_replay]
+
+
+def main() -> int:
+    failed = False
+    for check in CHECKS:
+        for status, text, fix in check():
+            failed |= status == "FAIL"
+            print(f"{status:4}  {text}" + (f"  ->  {fix}" if status != "ok" else ""), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The paper's parts: masks as properties, losses against naive loops, what does and does not receive gradient."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hrssm
+from tests.helpers import make_agent, make_batch
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(8, 96),
+    patch=st.integers(1, 24),
+    block=st.integers(1, 9),
+    ratio=st.floats(0, 1),
+    steps=st.integers(1, 30),
+)
+def test_cubes_are_whole_and_share_is_exact(size, patch, block, ratio, steps):
+    patch = min(patch, size)
+    mask = hrssm.CubeMask(size, size, patch=patch, block=block, ratio=ratio)
+    drawn = mask.draw(steps)
+    grid = size // patch
+    assert drawn.shape == (steps, size, size) and drawn.dtype == torch.bool
+    cell = np.arange(size) * grid // size
+    first = [np.flatnonzero(cell == i)[0] for i in range(grid)]
+    for t in range(steps):
+        # frames of a block share one mask; a pixel has the value of its cell; the number of hidden cells is exact
+        assert torch.equal(drawn[t], drawn[t - t % block])
+        coarse = drawn[t][first][:, first]
+        assert torch.equal(drawn[t], coarse[cell][:, cell])
+        assert int(coarse.sum()) == int(ratio * grid * grid)
+
+
+def test_mask_distribution_is_uniform_and_blocks_are_independent():
+    """Each cell is hidden with probability k/36, and a cell's masks in two blocks are uncorrelated (5 sigma)."""
+    torch.manual_seed(0)
+    mask = hrssm.CubeMask(64, 64, patch=10, block=4, ratio=0.5)
+    drawn = torch.stack([mask.draw(8) for _ in range(3000)]).float()
+    cells = [0, 11, 22, 32, 43, 54]
+    cells = drawn[:, :, cells][:, :, :, cells]
+    assert (cells.mean((0, 1)) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(6000)
+    first, second = cells[:, 0].flatten(1) - 0.5, cells[:, 4].flatten(1) - 0.5
+    assert (first * second).mean(0).abs().max() < 5 * 0.25 / math.sqrt(3000)
+    # without replacement: two cells of one mask are negatively correlated, cov = -p(1-p)/(n-1)
+    covariance = (first[:, 0] * first[:, 35]).mean()
+    assert abs(covariance + 0.25 / 35) < 5 * 0.25 / math.sqrt(3000)
+
+
+def test_cell_widths_of_the_default():
+    rows = hrssm.CubeMask(64, 64, patch=10, block=4, ratio=0.5)
+    grids = torch.eye(6, dtype=torch.bool)[None]
+    assert rows.expand(grids, 1)[0].sum(1).tolist() == [11] * 22 + [10] * 10 + [11] * 22 + [10] * 10
+
+
+@pytest.mark.parametrize("ratio, share", [(0.0, 0), (0.3, 10), (0.5, 18), (0.7, 25), (1.0, 36)])
+def test_hidden_cells(ratio, share):
+    assert hrssm.CubeMask(64, 64, patch=10, block=4, ratio=ratio).hidden == share
+
+
+@pytest.mark.parametrize("option", [{"ratio": 1.5}, {"patch": 65}, {"patch": 0}, {"block": 0}])
+def test_bad_mask_options(option):
+    with pytest.raises(ValueError, match="--"):
+        hrssm.CubeMask(64, 64, **({"patch": 10, "block": 4, "ratio": 0.5} | option))
+
+
+def test_hidden_pixels_are_mid_grey_and_the_rest_is_untouched():
+    agent, batch = make_agent(), make_batch()
+    hybrid = agent.world_model.hybrid
+    obs = agent.world_model.preprocess(batch)
+    mask = hybrid.cube_mask.draw(obs["image"].shape[1])
+    seen = hybrid.hide(obs, mask)["image"]
+    for b in range(len(seen)):
+        assert (seen[b][mask] == 0).all()
+        assert torch.equal(seen[b][~mask], obs["image"][b][~mask])
+
+
+@pytest.mark.parametrize("name", hrssm.AUGMENTATIONS)
+def test_augmentations_keep_shape_and_range(name):
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 64, 64, 3) - 0.5
+    before = image.clone()
+    out = hrssm.augment(image, [name])
+    assert out.shape == image.shape and torch.equal(image, before)
+    assert (name == "none") == torch.equal(out, image)
+    assert out.abs().max() <= 0.5 * 1.1 + 1e-6
+    assert torch.equal(hrssm.augment(image, [name], prob=0.0), image)
+
+
+def test_shift_translates():
+    torch.manual_seed(0)
+    ramp = torch.arange(64.0).reshape(1, 64, 1, 1).expand(50, 64, 64, 1)
+    moved = hrssm.augment(ramp, ["shift"])
+    offsets = (moved - ramp)[:, 8:-8].flatten(1)
+    assert (offsets == offsets[:, :1]).all()
+    assert set(offsets[:, 0].tolist()) == set(range(-4, 5))
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def cosine(x, y, eps):
+    return float(x @ y) / (max(float(x.norm()), eps) * max(float(y.norm()), eps))
+
+
+def test_latent_reconstruction_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    expected = np.mean([2 - 2 * cosine(u[b, t], v[b, t], 1e-3) for b in range(3) for t in range(4)])
+    assert float(hrssm.latent_reconstruction_loss(u, v)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_latent_reconstruction_of_vanishing_features():
+    """Below the norm 1e-3 a vector is divided by 1e-3, not blown up to length one."""
+    u = torch.tensor([[[1e-4, 0.0]]], dtype=torch.float64)
+    v = torch.tensor([[[0.0, 1.0]]], dtype=torch.float64)
+    assert float(hrssm.latent_reconstruction_loss(u, v)) == pytest.approx(0.1**2 + 1.0)
+
+
+def test_bisimulation_against_a_double_loop():
+    generator = torch.Generator().manual_seed(0)
+    B, T, F = 2, 4, 6
+    post, raw_post, prior, raw_prior = torch.randn(4, B, T, F, generator=generator, dtype=torch.float64)
+    reward = 3 * torch.rand(B, T, generator=generator, dtype=torch.float64)
+    pairs = [(b, t) for b in range(B) for t in range(T - 1)]
+    total = 0.0
+    for b, t in pairs:
+        for c, s in pairs:
+            distance = 1 - cosine(post[b, t], raw_post[c, s], 1e-12)
+            successor = 1 - cosine(prior[b, t + 1], raw_prior[c, s + 1], 1e-12)
+            error = abs(distance - (abs(float(reward[b, t] - reward[c, s])) + 0.9 * successor))
+            total += 0.5 * error**2 if error < 1 else error - 0.5
+    loss = hrssm.bisimulation_loss(post, raw_post, prior, raw_prior, reward, 0.9)
+    assert float(loss) == pytest.approx(total / len(pairs) ** 2, rel=1e-12)
+
+
+def test_bisimulation_gradient_reaches_the_masked_posterior_alone():
+    inputs = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(4)]
+    hrssm.bisimulation_loss(*inputs, torch.rand(2, 3), 0.99).backward()
+    assert inputs[0].grad.abs().sum() > 0
+    assert all(x.grad is None for x in inputs[1:])
+
+
+def test_reward_scale_of_the_bisimulation_loss():
+    assert hrssm.bisimulation_reward_scale("rms_lift_cube") == 2 / 6.5
+    assert hrssm.bisimulation_reward_scale("rms_pick_cube") == 1
+    assert hrssm.bisimulation_reward_scale("dmc_walker_walk") == 1
+
+
+# --- branches -------------------------------------------------------------------------------------------------------
+
+
+def test_raw_branch_shares_history_and_shifts_by_one(monkeypatch):
+    """Its posterior sits on the mask branch's recurrent state; its prior is one EMA step from the shifted posterior."""
+    agent, batch = make_agent(), make_batch(resets=[(0, 0), (1, 0), (1, 5)])
+    hybrid = agent.world_model.hybrid
+    data = agent.world_model.preprocess(batch)
+    with torch.no_grad():
+        for parameter in hybrid.raw_rssm.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        out = hybrid(data, data["action"], data["is_first"])
+        raw = hybrid.raw_rssm
+        initial = raw.initial(())
+        assert torch.equal(out.raw_post.deter, out.post.deter)
+        for b in range(2):
+            for t in range(8):
+                previous = initial if data["is_first"][b, t] or t == 0 else out.raw_post.map(lambda x: x[b, t - 1])  # noqa: B023
+                action = torch.zeros(3) if data["is_first"][b, t] else data["action"][b, t]
+                deter = raw.img_step(previous, action).deter
+                torch.testing.assert_close(out.raw_prior.deter[b, t], deter, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_routing():
+    """The world-model loss trains encoder, RSSM and heads; never the raw branch, the actor or the critics."""
+    agent, batch = make_agent(), make_batch()
+    loss, branches, _ = agent.world_model.loss(batch)
+    loss.backward()
+    without = {name for name, p in agent.named_parameters() if p.grad is None or not p.grad.abs().sum()}
+    owners = {name.split(".")[0] + "." + name.split(".")[1] + "." + name.split(".")[2] for name in without}
+    raw = {"world_model.hybrid.raw_encoder", "world_model.hybrid.raw_rssm"}
+    assert {o for o in owners if o.startswith("world_model")} == raw
+    assert all(p.grad is None for p in agent.actor_critic.parameters())
+    assert not any(x.requires_grad for x in (*branches.raw_post, *branches.raw_prior))
+
+
+@pytest.mark.parametrize("flags, trained", [({}, True), ({"nomlr": True}, False)])
+def test_projector_is_trained_by_latent_reconstruction_alone(flags, trained):
+    agent = make_agent(**flags)
+    agent.world_model.loss(make_batch())[0].backward()
+    assert (agent.world_model.rssm.projector.weight.grad is not None) == trained
+
+
+def test_raw_history_carries_no_gradient():
+    """The shared recurrent state is the same value in both branches but detached in the raw one.
+
+    Forgetting that leaves every loss value unchanged and alters the gradients, so it is checked on the gradients.
+    """
+    agent, batch = make_agent(), make_batch()
+    hybrid = agent.world_model.hybrid
+    data = agent.world_model.preprocess(batch)
+    branches = hybrid(data, data["action"], data["is_first"])
+    target = torch.randn_like(branches.raw_post.feat)
+    assert not branches.raw_post.feat.requires_grad
+    (branches.post.feat * target).sum().backward()
+    assert hybrid.encoder.cnn.layers[0].weight.grad.abs().sum() > 0
+
+
+def test_ema_follows_with_its_rates():
+    agent, batch = make_agent(encoder_tau=0.25, dynamics_tau=0.5), make_batch()
+    hybrid = agent.world_model.hybrid
+    before = {k: v.clone() for k, v in hybrid.state_dict().items()}
+    agent.world_model.update(batch)
+    for part, raw, rate in (("encoder", "raw_encoder", 0.25), ("rssm", "raw_rssm", 0.5)):
+        for name, online in getattr(hybrid, part).named_parameters():
+            expected = rate * online + (1 - rate) * before[f"{raw}.{name}"]
+            torch.testing.assert_close(getattr(hybrid, raw).get_parameter(name), expected.detach())
+            assert not torch.equal(online, before[f"{part}.{name}"])

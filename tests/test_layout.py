@@ -1,0 +1,48 @@
+"""The fixed layout: which files exist, and that imports form one line."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINE = ["tools", "networks", "hrssm", "models", "exploration", "dreamer"]
+OTHERS = ["configs.yaml", "envs", "setup", "figures", "tests", "README.md", "LICENSE", "pyproject.toml"]
+
+
+def imported(path: Path) -> set[str]:
+    """First parts of all absolute module names that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_top_level():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(LINE)
+    assert [name for name in OTHERS if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", LINE)
+def test_imports_form_a_line(name):
+    allowed = set(LINE[: LINE.index(name)])
+    assert imported(ROOT / f"{name}.py") & set(LINE) <= allowed
+
+
+def test_environments_stand_alone():
+    files = sorted((ROOT / "envs").rglob("*.py"))
+    assert files
+    for path in files:
+        assert not imported(path) & {*LINE, "torch"}, path
+
+
+def test_environments_do_not_load_torch():
+    """Also not through a dependency: an environment worker would pay seconds and hundreds of MB for it."""
+    modules = sorted(f"envs.{path.stem}" for path in (ROOT / "envs").glob("*.py") if path.stem != "__init__")
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,370 @@
+"""Networks, world model and actor-critic as parts: distributions, returns, gradient routing, variants that must run."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import models
+import networks
+import tools
+from tests.helpers import make_agent, make_batch
+
+# --- distributions --------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1e5, 1e5), st.integers(0, 2**31))
+def test_twohot_against_its_definition(y, seed):
+    buckets = torch.linspace(-20, 20, 255, dtype=torch.float64)
+    logits = torch.randn(1, 255, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = math.copysign(math.log1p(abs(y)), y)
+    position = (x + 20) / (40 / 254)
+    low = min(max(math.floor(position), 0), 254)
+    high, share = min(low + 1, 254), position - low
+    log_probs = torch.log_softmax(logits, -1)[0]
+    expected = (1 - share) * log_probs[low] + share * log_probs[high]
+    found = networks.TwoHot(logits, buckets).log_prob(torch.tensor([y], dtype=torch.float64))
+    assert float(found) == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
+
+
+def test_twohot_beyond_its_range_takes_the_last_bucket():
+    head = networks.TwoHot(torch.randn(2, 255), torch.linspace(-20, 20, 255))
+    found = head.log_prob(torch.tensor([1e12, -1e12]))
+    expected = torch.log_softmax(head.logits, -1)[[0, 1], [254, 0]]
+    torch.testing.assert_close(found, expected)
+
+
+def test_twohot_mean_inverts_its_target():
+    """Fitting the log-likelihood of one value makes the mean that value."""
+    logits = torch.zeros(1, 255, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.5)
+    buckets = torch.linspace(-20, 20, 255)
+    for _ in range(300):
+        loss = -networks.TwoHot(logits, buckets).log_prob(torch.tensor([123.0])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(networks.TwoHot(logits, buckets).mode.detach()) == pytest.approx(123.0, rel=0.01)
+
+
+def test_initial_heads_predict_zero_with_loss_log_255():
+    metrics = make_agent().world_model.loss(make_batch())[2]
+    assert float(metrics["reward_loss"]) == pytest.approx(math.log(255), rel=1e-5)
+
+
+def test_onehot_samples_are_exact_and_follow_the_mixed_distribution():
+    torch.manual_seed(0)
+    logits = torch.tensor([3.0, 0.0, -50.0]).repeat(20000, 1)
+    dist = networks.OneHot(logits, unimix=0.3)
+    sample = dist.sample()
+    assert set(sample.unique().tolist()) == {0.0, 1.0} and (sample.sum(-1) == 1).all()
+    expected = 0.7 * torch.softmax(logits[0], -1) + 0.1
+    assert (sample.mean(0) - expected).abs().max() < 5 * 0.5 / math.sqrt(20000)
+    torch.testing.assert_close(dist.probs[0], expected)
+
+
+def test_straight_through_gradients():
+    """Samples pass the gradient of the probabilities, modes that of the log-probabilities."""
+    logits, weight = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    for value, surrogate in (
+        (networks.OneHot(logits, 0.01).sample(), lambda d: d.probs),
+        (networks.OneHot(logits, 0.01).mode, lambda d: d.log_probs),
+    ):
+        found = torch.autograd.grad((value * weight).sum(), logits)[0]
+        expected = torch.autograd.grad((surrogate(networks.OneHot(logits, 0.01)) * weight).sum(), logits)[0]
+        torch.testing.assert_close(found, expected)
+
+
+def test_distributions_agree_with_torch():
+    mean, std, x = torch.randn(3, 4, 5).unbind()
+    std = std.exp()
+    ours, theirs = networks.Normal(mean, std), torch.distributions.Normal(mean, std)
+    torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x).sum(-1))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy().sum(-1))
+    other = torch.distributions.Normal(x, std.flip(0))
+    torch.testing.assert_close(
+        ours.kl(networks.Normal(x, std.flip(0))), torch.distributions.kl_divergence(theirs, other).sum(-1)
+    )
+    ours, theirs = networks.OneHot(mean, 0.0), torch.distributions.Categorical(logits=mean)
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    other = torch.distributions.Categorical(logits=x)
+    torch.testing.assert_close(ours.kl(networks.OneHot(x)), torch.distributions.kl_divergence(theirs, other))
+    bernoulli = networks.Bernoulli(mean)
+    torch.testing.assert_close(
+        bernoulli.log_prob((x > 0).float()),
+        -F.binary_cross_entropy_with_logits(mean, (x > 0).float(), reduction="none"),
+    )
+
+
+def test_bound_action_clips_and_keeps_a_scaled_gradient():
+    action = torch.tensor([-3.0, -0.5, 0.0, 1.0, 2.0], requires_grad=True)
+    bounded = networks.bound_action(action)
+    bounded.sum().backward()
+    assert bounded.tolist() == [-1.0, -0.5, 0.0, 1.0, 1.0]
+    torch.testing.assert_close(action.grad, torch.tensor([1 / 3, 1.0, 1.0, 1.0, 0.5]))
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+def test_parameter_counts_of_the_default_size():
+    agent = make_agent(
+        "--dyn_deter=512", "--dyn_hidden=512", "--dyn_stoch=32", "--dyn_discrete=32", "--units=512",
+        "--dyn_cont_stoch_size=32", "--encoder.cnn_depth=32",
+    )  # fmt: skip
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    hybrid = agent.world_model.hybrid
+    assert count(hybrid.encoder) == 690_624
+    assert count(hybrid.rssm) == 5_825_024 + 512 * 3
+    assert count(agent.world_model.reward_head) == 1_181_439
+    assert count(agent.world_model.cont_head) == 1_051_137
+    assert count(agent.actor_critic.actor) == 1_050_624 + 1_026 * 3
+    assert count(agent.actor_critic.critic) == count(agent.actor_critic.slow_critic) == 1_181_439
+
+
+def test_initialisation_scales():
+    torch.manual_seed(0)
+    layer = nn_linear = torch.nn.Linear(300, 500)
+    networks.init_truncated(layer)
+    std = math.sqrt(2 / 800)
+    assert float(layer.weight.std()) == pytest.approx(std, rel=0.01)
+    assert float(layer.weight.abs().max()) <= 2 * std / networks.TRUNCATED_STD + 1e-6
+    networks.init_uniform(nn_linear, 1.0)
+    assert float(layer.weight.abs().max()) == pytest.approx(math.sqrt(3 / 400), rel=0.01)
+    conv = torch.nn.Conv2d(64, 128, 4, bias=False)
+    networks.init_truncated(conv)
+    assert float(conv.weight.std()) == pytest.approx(math.sqrt(2 / (16 * 192)) / networks.TRUNCATED_STD, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 84, 96, (64, 96)])
+def test_encoder_sizes(size):
+    height, width = size if isinstance(size, tuple) else (size, size)
+    options = {"act": "SiLU", "norm": "LayerNorm", "kernel": 4, "minres": 4}
+    encoder = networks.ConvEncoder((height, width, 3), depth=2, **options)
+    assert encoder(torch.zeros(2, 3, height, width, 3)).shape == (2, 3, encoder.outdim)
+
+
+def test_decoder_learns_to_reconstruct():
+    torch.manual_seed(0)
+    batch = make_batch()
+    world_model = make_agent(vectors=True).world_model
+    obs = world_model.preprocess(batch)
+    options = dict(tools.load_config([]).decoder, cnn_depth=2, mlp_units=8, mlp_keys="position")
+    decoder = networks.Decoder(16, {"image": (64, 64, 3), "position": (4,), "velocity": (2,)}, **options)
+    feat = torch.randn(2, 8, 16)
+    assert decoder(feat)["image"].shape == (2, 8, 64, 64, 3) and decoder(feat)["position"].shape == (2, 8, 4)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        loss = decoder.loss(feat, obs)
+        assert loss.shape == (2, 8)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        losses.append(float(loss.mean()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_reset_inside_a_sequence_forgets_everything_before():
+    agent = make_agent(unimix_ratio=0.0)
+    rssm = agent.world_model.rssm
+    embed, action = torch.randn(1, 6, rssm.embed), torch.randn(1, 6, 3)
+    first = torch.tensor([[True, False, False, True, False, False]])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        post, prior = rssm.observe(embed, action, first)
+        changed = embed.clone()
+        changed[:, :3] += 1
+        torch.manual_seed(1)
+        other, _ = rssm.observe(changed, action * 0.9, first)
+        torch.testing.assert_close(post.deter[:, 3], other.deter[:, 3], rtol=0, atol=0)
+        assert not torch.equal(post.deter[:, 2], other.deter[:, 2])
+        # right after a reset neither the action nor the past matters
+        expected = rssm.img_step(rssm.initial((1,)), torch.zeros(1, 3)).deter
+        torch.testing.assert_close(post.deter[:, 3], expected)
+    torch.testing.assert_close(prior.deter, post.deter)
+
+
+# --- returns --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**31), st.integers(2, 12), st.floats(0, 1))
+def test_lambda_return_against_its_sum(seed, horizon, lambda_):
+    """The recursion equals the lambda-weighted mixture of n-step returns."""
+    generator = torch.Generator().manual_seed(seed)
+    reward, value, discount = torch.rand(3, horizon, 2, generator=generator, dtype=torch.float64)
+    found = models.lambda_return(reward, value, discount, lambda_)
+    for k in range(horizon - 1):
+        n_max = horizon - 1 - k
+        total, n_step, gamma = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 1.0
+        for n in range(1, n_max + 1):
+            n_step = n_step + gamma * reward[k + n]
+            gamma = gamma * discount[k + n]
+            weight = (1 - lambda_) * lambda_ ** (n - 1) if n < n_max else lambda_ ** (n - 1)
+            total = total + weight * (n_step + gamma * value[k + n])
+        torch.testing.assert_close(found[k], total, rtol=1e-9, atol=1e-12)
+
+
+def test_return_norm():
+    norm = models.ReturnNorm()
+    returns = torch.linspace(0, 1000, 1001)
+    offset, scale = norm(returns)
+    assert float(offset) == pytest.approx(0.5) and float(scale) == pytest.approx(9.0)
+    offset, scale = models.ReturnNorm()(returns / 1000)
+    assert float(scale) == 1.0, "the scale is never below 1"
+    assert "quantiles" in norm.state_dict()
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+
+
+def test_actor_critic_gradients_stay_at_home():
+    """The actor loss reaches only the actor, the value loss only the critic; nothing else is left with a gradient."""
+    agent, batch = make_agent(), make_batch()
+    start = agent.world_model.loss(batch)[1].raw_post.map(lambda x: x.detach().flatten(0, 1))
+    actor_loss, value_loss, _ = agent.actor_critic.loss(agent.world_model, start)
+    actor_loss.backward()
+    with_grad = {n.split(".")[1] for n, p in agent.named_parameters() if p.grad is not None}
+    assert with_grad == {"actor"}
+    agent.zero_grad(set_to_none=True)
+    value_loss.backward()
+    with_grad = {n.split(".")[1] for n, p in agent.named_parameters() if p.grad is not None}
+    assert with_grad == {"critic"}
+    trainable = {n for n, p in agent.named_parameters() if not p.requires_grad}
+    assert {n.split(".")[-4] if "hybrid" in n else n for n in trainable} and not any("actor." in n for n in trainable)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_policy_gradient_through_later_decisions(stop):
+    """With `behavior_stop_grad` an action does not influence later actions' inputs as far as gradients go."""
+    agent = make_agent(behavior_stop_grad=stop)
+    rssm = agent.world_model.rssm
+    start = rssm.initial((3,)).detach()
+    seen = []
+    agent.actor_critic.actor.layers.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].requires_grad))
+    agent.actor_critic.imagine(rssm, start)
+    assert seen == [False] * 5 if stop else seen == [False] + [True] * 4
+
+
+VARIANTS = {
+    "plain": {},
+    "discrete actions": {"discrete": True},
+    "both": {"imag_gradient": "both", "imag_gradient_mix": 0.1},
+    "vectors": {"vectors": True, "argv": ["--encoder.mlp_keys", "position|velocity"]},
+    "vectors only": {"vectors": True, "argv": ["--encoder.mlp_keys", ".*", "--encoder.cnn_keys", "$^"]},
+    "gaussian latents": {"dyn_discrete": 0, "reward_head": "normal", "value_head": "normal"},
+    "gaussian softplus": {"dyn_discrete": 0, "dyn_std_act": "softplus", "dyn_mean_act": "tanh5"},
+    "shared": {"dyn_shared": True},
+    "no recurrent posterior": {"dyn_temp_post": False},
+    "deep recurrence": {"dyn_rec_depth": 2},
+    "plain gru": {"dyn_cell": "gru", "initial": "zeros"},
+    "no return norm": {"reward_EMA": False},
+    "no slow critic": {"slow_value_target": False},
+    "value decay": {"value_decay": 0.1},
+    "future entropy": {"future_entropy": True, "actor_state_entropy": 0.01},
+    "state entropy": {"actor_state_entropy": 0.01},
+    "imagined modes": {"imag_sample": False},
+    "normal_1": {"actor_dist": "normal_1"},
+    "trunc_normal": {"actor_dist": "trunc_normal"},
+    "ablations": {"nomlr": True, "nosimsr": True},
+    "detached heads": {"grad_heads": []},
+    "augmented": {"augmentation": ["shift", "intensity"], "aug_prob": 0.5},
+    "bf16": {"precision": 16},
+    "weight decay": {"weight_decay": 1e-3, "opt": "momentum"},
+    "random": {"expl_behavior": "random"},
+    "plan2explore": {"expl_behavior": "plan2explore", "expl_extr_scale": 1.0, "disag_models": 3, "disag_units": 16},
+    "plan2explore feat": {"expl_behavior": "plan2explore", "disag_target": "feat", "disag_action_cond": True},
+    "noise and modes": {"expl_amount": 0.3, "eval_noise": 0.1, "collect_dyn_sample": False, "eval_state_mean": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_learns_and_acts(name):
+    options = dict(VARIANTS[name])
+    discrete = options.get("discrete", False)
+    agent = make_agent(*options.pop("argv", []), **options)
+    batch = make_batch(discrete=discrete, resets=[(0, 0), (1, 3)])
+    copies = {k: v.clone() for k, v in batch.items()}
+    before = {k: v.clone() for k, v in agent.named_parameters()}
+    for _ in range(2):
+        metrics = agent.update(batch)
+    for key, value in metrics.items():
+        assert np.isfinite(float(value)), key
+    assert all(torch.equal(batch[k], copies[k]) for k in batch), "the batch was written to"
+    for part in ("world_model.hybrid.rssm", "world_model.hybrid.raw_rssm", "actor_critic.actor", "actor_critic.critic"):
+        changed = [not torch.equal(v, before[k]) for k, v in agent.named_parameters() if k.startswith(part + ".")]
+        assert any(changed), f"{part} did not move"
+    carry = None
+    for t in range(3):
+        obs = {k: v[:, t].numpy() for k, v in batch.items() if k not in ("action", "reward")}
+        for training in (True, False):
+            action, carry = agent.policy(obs, carry, training=training)
+            assert action.shape == (2, 3) and torch.isfinite(action).all()
+            if discrete:
+                assert torch.equal(action.sort(-1).values, torch.tensor([[0.0, 0.0, 1.0]] * 2))
+
+
+def test_learning_fits_a_batch():
+    """Ninety updates on one batch: the reward is predicted and the latent consistent."""
+    agent, batch = make_agent("--model_lr=3e-3"), make_batch()
+    losses = [agent.world_model.update(batch)[1] for _ in range(90)]
+    assert float(losses[-1]["reward_loss"]) < 0.6 * float(losses[0]["reward_loss"])
+    assert float(losses[-1]["mbr_loss"]) < 0.5 * float(losses[0]["mbr_loss"])
+
+
+def test_free_bits_cut_the_gradient():
+    agent = make_agent(kl_free=1e6, nomlr=True, nosimsr=True, grad_heads=[])
+    agent.world_model.loss(make_batch())[0].backward()
+    assert all(p.grad is None or not p.grad.any() for p in agent.world_model.hybrid.parameters())
+
+
+def test_slow_critic_cadence():
+    agent, batch = make_agent(slow_target_update=2, slow_target_fraction=0.5), make_batch()
+    slow = agent.actor_critic.slow_critic.out.weight
+    before, moved = slow.clone(), []
+    for _ in range(4):
+        agent.update(batch)
+        moved.append(not torch.equal(slow, before))
+        before = slow.clone()
+    # it moves at the start of updates 0 (onto an equal critic), 2, ...
+    assert moved == [False, False, True, False]
+
+
+def test_acting_resets_only_where_told():
+    agent = make_agent("--collect_dyn_sample=False")
+    obs = {k: v[:, 0].numpy() for k, v in make_batch().items() if k not in ("action", "reward")}
+    obs["is_first"] = np.array([True, True])
+    _, start = agent.policy(obs, None, training=False)
+    obs["is_first"] = np.array([False, False])
+    _, carry = agent.policy(obs, start, training=False)
+    obs["is_first"] = np.array([True, False])
+    _, after = agent.policy(obs, carry, training=False)
+    torch.testing.assert_close(after.state.deter[0], start.state.deter[0])
+    assert not torch.allclose(after.state.deter[1], start.state.deter[1])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mask_ratio": 2.0}, "--mask_ratio"),
+        ({"patch_size": 65}, "--patch_size"),
+        ({"augmentation": ["crop"]}, "--augmentation"),
+        ({"batch_length": 1}, "--batch_length"),
+        ({"grad_heads": ["image"]}, "--grad_heads"),
+        ({"discrete": True, "actor_dist": "normal"}, "--actor_dist onehot"),
+        ({"argv": ["--encoder.cnn_keys", "$^"]}, "--encoder.cnn_keys"),
+        ({"dyn_rec_depth": 2, "dyn_hidden": 32}, "--dyn_rec_depth"),
+    ],
+)
+def test_options_that_cannot_work_say_so(options, message):
+    options = dict(options)
+    with pytest.raises(tools.UserError, match=message) as error:
+        make_agent(*options.pop("argv", []), **options)
+    assert "\n" not in str(error.value)

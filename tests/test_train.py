@@ -1,0 +1,272 @@
+"""The real command as a subprocess: it trains, repeats itself, survives a kill, and refuses bad input in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dreamer
+import envs
+import tools
+from tests.helpers import ROOT, SMALL, make_agent, make_config
+
+SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --time_limit 40 --steps 240 --eval_every 80 --prefill 60"
+SHORT += " --log_every 20 --pretrain 2 --train_ratio 16 --eval_episode_num 2 --parallel False " + SMALL
+
+
+def command(logdir: Path, *argv: str) -> list[str]:
+    return [sys.executable, str(ROOT / "dreamer.py"), *SHORT.split(), "--logdir", str(logdir), *argv]
+
+
+def run(logdir: Path, *argv: str, timeout: int = 240, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command(logdir, *argv), capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+def read_rows(logdir: Path) -> list[dict]:
+    """Rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("fps/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    logdir = tmp_path_factory.mktemp("run") / "log"
+    done = run(logdir)
+    assert done.returncode == 0, done.stderr
+    return logdir
+
+
+def test_run_leaves_what_the_readme_says(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "metrics.jsonl", "latest.pt", "latest.prev.pt", "replay", "video"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert len(list((trained / "video").glob("eval_policy_*.mp4"))) == 3
+    rows = read_rows(trained)
+    # prefill is 60 policy steps = 120 frames; then every 80 frames until 240
+    assert [row["step"] for row in rows if "eval/return" in row] == [120, 200, 280]
+    assert all(row["eval/length"] == 20 for row in rows if "eval/return" in row)
+    episodes = [row for row in rows if "episode/return" in row]
+    assert [row["step"] for row in episodes] == [80, 160, 240] and episodes[-1]["episode"] == 6
+    learned = [row for row in rows if "loss/model_loss" in row]
+    assert {row["update"] for row in learned} >= {2, 3} and all(np.isfinite(row["loss/model_loss"]) for row in learned)
+    # train_ratio / (batch_size * batch_length) = 1 update per policy step, after the pretraining and one for the clock
+    assert learned[-1]["update"] == rows[-1]["update"] == 2 + 1 + (280 - 120) // 2 - 4
+
+
+def test_every_logged_metric_is_explained_in_the_readme(trained):
+    readme = (ROOT / "README.md").read_text()
+    keys = {key for row in read_rows(trained) for key in row} | {"time", "fps/step", "fps/update"}
+
+    def explained(key: str) -> bool:
+        base = key.rsplit("_", 1)[0]
+        return f"`{key}`" in readme or f"`{base}_{{mean,std,min,max}}`" in readme
+
+    assert [key for key in sorted(keys) if not explained(key)] == []
+
+
+def test_same_seed_gives_the_same_metrics(trained, tmp_path):
+    """Serial and parallel environments, two runs: identical rows apart from times."""
+    done = run(tmp_path / "log", "--parallel", "True")
+    assert done.returncode == 0, done.stderr
+    assert read_rows(tmp_path / "log") == read_rows(trained)
+
+
+def test_another_seed_gives_other_metrics(trained, tmp_path):
+    done = run(tmp_path / "log", "--seed", "1", "--steps", "120")
+    assert done.returncode == 0, done.stderr
+    assert read_rows(tmp_path / "log")[0] != read_rows(trained)[0]
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the run made no progress"
+        time.sleep(0.05)
+
+
+def rows_written(logdir: Path, step: int) -> bool:
+    path = logdir / "metrics.jsonl"
+    lines = path.read_text().splitlines()[:-1] if path.exists() else []
+    return any(json.loads(line)["step"] > step for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_run_resumes(number, tmp_path):
+    """A kill loses at most the work since the last checkpoint; SIGTERM loses nothing. The same command goes on."""
+    logdir = tmp_path / "log"
+    argv = ["--steps", "400", "--parallel", "True"]
+    process = subprocess.Popen(command(logdir, *argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (logdir / "latest.prev.pt").exists() and rows_written(logdir, 220), process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    before = read_rows(logdir)
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM and "SIGTERM" in out
+    saved = tools.load_checkpoint(logdir / "latest.pt")
+    kept = saved["logger"]["rows"]
+    assert before[-1]["step"] - 2 * saved["count"]["policy_step"] <= 80
+
+    done = run(logdir, *argv)
+    assert done.returncode == 0, done.stderr
+    assert f"Resumed {logdir} at step {2 * saved['count']['policy_step']}" in done.stdout
+    after = read_rows(logdir)
+    assert after[:kept] == before[:kept], "rows before the checkpoint stay"
+    steps, updates = [row["step"] for row in after], [row["update"] for row in after]
+    assert steps == sorted(steps) and updates == sorted(updates), "no row is written twice"
+    assert [row["step"] for row in after if "eval/return" in row] == [120, 200, 280, 360, 440]
+    final = tools.load_checkpoint(logdir / "latest.pt")
+    assert final["count"]["policy_step"] == 220 and final["agent"]["actor_critic._extra_state"] == updates[-1]
+
+
+def test_resumed_run_restores_everything(trained):
+    """Weights, EMA twin, optimisers, return statistics, counters, clocks, random state and replay come back."""
+    saved = tools.load_checkpoint(trained / "latest.pt")
+    config = tools.load_config([*SHORT.split(), "--logdir", str(trained)])
+    restored = dreamer.Run(config, trained, torch.device("cpu"))
+    try:
+        state = restored.agent.state_dict()
+        for key, value in saved["agent"].items():
+            assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), key
+        for name, optimizer in restored.agent.optimizers.items():
+            for old, new in zip(saved["optimizers"][name]["state"].values(), optimizer.state_dict()["state"].values(), strict=True):
+                assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old), name
+        assert float(state["actor_critic.return_norm.quantiles"].abs().sum()) > 0
+        assert restored.count == saved["count"] and restored.count["policy_step"] == 140
+        assert {k: v.state_dict() for k, v in restored.clocks.items()} == saved["clocks"]
+        assert torch.equal(torch.get_rng_state(), saved["rng"]["torch"])
+        assert restored.replay.num_transitions == 140
+        batch = restored.replay.sample()
+        assert batch["image"].dtype == torch.uint8 and batch["image"].float().std() > 1
+    finally:
+        restored.close()
+
+
+def test_finished_run_stays_finished(trained):
+    before = read_rows(trained)
+    done = run(trained)
+    assert done.returncode == 0, done.stderr
+    assert read_rows(trained) == before
+
+
+def test_evaluate_only(trained):
+    before = read_rows(trained)
+    done = run(trained, "--eval_only")
+    assert done.returncode == 0, done.stderr
+    assert "eval/return" in done.stdout and "eval/episodes 2" in done.stdout
+    assert read_rows(trained) == before
+
+
+def test_weights_of_a_run_start_another(trained, tmp_path):
+    done = run(tmp_path / "log", "--init_from", str(trained / "latest.pt"), "--steps", "100")
+    assert done.returncode == 0, done.stderr
+    assert "Loaded the weights of" in done.stdout
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+BAD_INPUT = {
+    "unknown domain": (["--task", "dmc_waker_stand"], "walker"),
+    "unknown suite": (["--task", "dcm_walker_stand"], "dmc"),
+    "unknown task of a domain": (["--task", "dmc_walker_stnad"], "stand"),
+    "unknown preset": (["--configs", "tinny"], "tiny"),
+    "unknown flag": (["--batch_sise", "4"], "did you mean batch_size"),
+    "wrong type": (["--batch_size", "four"], "whole number"),
+    "impossible value": (["--mask_ratio", "1.5"], "--mask_ratio"),
+    "missing videos": (["--task", "dmc_walker_stand_video", "--resource_files", "nowhere/*.mp4"], "nowhere/*.mp4"),
+    "absent device": (["--device", "cuda:7"], "cuda:7"),
+    "absent weights": (["--init_from", "nowhere.pt"], "nowhere.pt"),
+}
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, hint: str) -> None:
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and hint in errors[0], done.stderr
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line(name, tmp_path):
+    argv, hint = BAD_INPUT[name]
+    if name == "absent device" and torch.cuda.is_available():
+        pytest.skip("this machine may have that device")
+    assert_one_line_error(run(tmp_path / "log", *argv), hint)
+    assert not (tmp_path / "log" / "metrics.jsonl").exists()
+
+
+def test_logdir_missing():
+    done = subprocess.run([sys.executable, str(ROOT / "dreamer.py")], capture_output=True, text=True)
+    assert_one_line_error(done, "--logdir")
+
+
+def test_logdir_of_another_config(trained):
+    before = (trained / "config.json").read_bytes()
+    assert_one_line_error(run(trained, "--mbr_scale", "2"), "mbr_scale was 1.0, now 2.0")
+    assert (trained / "config.json").read_bytes() == before
+
+
+def test_unwritable_logdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_line_error(run(tmp_path / "file" / "log"), "cannot")
+
+
+def test_damaged_checkpoint_falls_back_then_refuses(tmp_path):
+    logdir = tmp_path / "log"
+    assert run(logdir, "--steps", "200").returncode == 0
+    damaged = (logdir / "latest.pt").read_bytes()[:1000]
+    (logdir / "latest.pt").write_bytes(damaged)
+    done = run(logdir, "--steps", "200")
+    assert done.returncode == 0 and "latest.prev.pt" in done.stderr, done.stderr
+    for name in ("latest.pt", "latest.prev.pt"):
+        (logdir / name).write_bytes(damaged)
+    assert_one_line_error(run(logdir, "--steps", "200"), "unreadable")
+
+
+def test_no_way_to_render(tmp_path):
+    done = run(tmp_path / "log", env={**os.environ, "MUJOCO_GL": "nonsense"})
+    assert_one_line_error(done, "MUJOCO_GL")
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    torch.save({"_wm.dynamics.W": torch.zeros(1, 7)}, tmp_path / "latest.pt")
+    agent = make_agent()
+    with pytest.raises(tools.UserError, match=r"initial_deter \(1, 24\) here, \(1, 7\) there"):
+        dreamer.load_weights(agent, str(tmp_path / "latest.pt"))
+
+
+# --- parts of the loop ----------------------------------------------------------------------------------------------
+
+
+def test_evaluation_averages_the_first_to_finish():
+    config = make_config("--task", "dmc_cartpole_balance", "--time_limit", "20", "--envs", "2", "--parallel", "False")
+    vec = dreamer.make_envs(config, "eval")
+    try:
+        agent = dreamer.make_agent(config, vec.observation_space, vec.action_space)
+        metrics, frames = dreamer.evaluate(agent, vec, 3)
+        assert metrics["eval/episodes"] == 3 and metrics["eval/length"] == 10
+        assert frames.shape == (10, 64, 64, 3) and frames.dtype == np.uint8
+    finally:
+        vec.close()
+
+
+def test_resumed_environments_do_not_repeat_their_start():
+    config = make_config("--task", "dmc_cartpole_balance", "--envs", "1", "--parallel", "False")
+    frames = []
+    for start in (0, 0, 500):
+        vec = dreamer.make_envs(config, "train", start)
+        frames.append(vec.reset(np.ones(1, bool))["position"])
+        vec.close()
+    assert np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
+
+
+def test_environment_errors_are_one_line():
+    with pytest.raises(envs.EnvError) as error:
+        dreamer.make_envs(make_config("--task", "dmc_cartpole_fly"), "train")
+    assert "\n" not in str(error.value)
