@@ -358,8 +358,10 @@ class Run:
         self.train_envs = make_envs(config, "train", resumed_at)
         self.eval_envs = make_envs(config, "eval", resumed_at) if config.eval_episode_num > 0 else None
         self.agent = make_agent(config, self.train_envs.observation_space, self.train_envs.action_space, device)
+        # A run cannot fill more than this, so a short one does not reserve the memory of a long one.
+        frames = config.steps + config.eval_every + (config.prefill + 1) * config.action_repeat
         self.replay = tools.Replay(
-            capacity=config.dataset_size,
+            capacity=min(config.dataset_size, frames // config.action_repeat + config.envs),
             batch_size=config.batch_size,
             batch_length=config.batch_length,
             num_envs=config.envs,

@@ -25,8 +25,8 @@ TRUNCATED_STD = 0.87962566103423978
 
 def draw_onehot(probs: Tensor) -> Tensor:
     """One exact one-hot draw per row of `probs` (..., K), by an exponential race: no host sync, any device."""
-    index = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
-    return F.one_hot(index, probs.shape[-1]).to(probs.dtype)
+    index = (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
 def draw_normal(mean: Tensor) -> Tensor:
@@ -565,7 +565,7 @@ class GRUCell(nn.Module):
         reset, candidate, update = full(self.norm(self.linear(torch.cat([x, h], -1)))).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1.0)
-        return update * candidate + (1.0 - update) * h
+        return torch.lerp(h, candidate, update)
 
 
 class RSSM(nn.Module):

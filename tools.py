@@ -333,6 +333,8 @@ def enable_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
+    # The default of this switch writes NaN to all new memory, which costs time and only serves to find bugs.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def rng_state() -> dict:
@@ -569,7 +571,7 @@ class Replay:
         # To give episodes of one row no weight is the same as drawing again when one comes up.
         ends = np.cumsum(np.where(rows < 2, 0, rows))
         if not len(ends) or not ends[-1]:
-            raise UserError("replay holds no transition to learn from yet: set --prefill to at least twice --envs")
+            raise UserError("replay holds no transition yet: --prefill must be at least as large as --envs")
         index = np.empty((self.batch_size, self.batch_length), np.int64)
         starts = np.zeros((self.batch_size, self.batch_length), bool)
         for b in range(self.batch_size):

@@ -90,10 +90,11 @@ def test_defaults_pass_their_own_checks():
 
 
 def test_presets_merge_in_order_and_flags_win_wherever_they_stand():
-    assert load("--configs M tiny").dyn_hidden == 128
+    tiny = BLOCKS["tiny"]
+    assert load("--configs M tiny").dyn_hidden == tiny["dyn_hidden"] != 1024
     assert load("--configs tiny M").dyn_hidden == 1024
     config = load("--dyn_hidden 7 --configs tiny M --encoder.cnn_depth 3")
-    assert (config.dyn_hidden, config.batch_size) == (7, 8)
+    assert (config.dyn_hidden, config.batch_size) == (7, tiny["batch_size"])
     assert config.encoder["cnn_depth"] == 3 and config.encoder["mlp_units"] == 640 and config.encoder["minres"] == 4
     assert load("--configs dmc_proprio").encoder["cnn_depth"] == 32
 

@@ -131,14 +131,14 @@ def test_parameter_counts_of_the_default_size():
 
 def test_initialisation_scales():
     torch.manual_seed(0)
-    layer = nn_linear = torch.nn.Linear(300, 500)
+    layer = torch.nn.Linear(300, 500).requires_grad_(False)
     networks.init_truncated(layer)
     std = math.sqrt(2 / 800)
     assert float(layer.weight.std()) == pytest.approx(std, rel=0.01)
     assert float(layer.weight.abs().max()) <= 2 * std / networks.TRUNCATED_STD + 1e-6
-    networks.init_uniform(nn_linear, 1.0)
+    networks.init_uniform(layer, 1.0)
     assert float(layer.weight.abs().max()) == pytest.approx(math.sqrt(3 / 400), rel=0.01)
-    conv = torch.nn.Conv2d(64, 128, 4, bias=False)
+    conv = torch.nn.Conv2d(64, 128, 4, bias=False).requires_grad_(False)
     networks.init_truncated(conv)
     assert float(conv.weight.std()) == pytest.approx(math.sqrt(2 / (16 * 192)) / networks.TRUNCATED_STD, rel=0.01)
 
@@ -153,23 +153,22 @@ def test_encoder_sizes(size):
 
 def test_decoder_learns_to_reconstruct():
     torch.manual_seed(0)
-    batch = make_batch()
-    world_model = make_agent(vectors=True).world_model
-    obs = world_model.preprocess(batch)
+    obs = make_agent(vectors=True).world_model.preprocess(make_batch())
+    obs["image"] = torch.rand(2, 8, 1, 1, 3).expand(2, 8, 64, 64, 3) - 0.5
     options = dict(tools.load_config([]).decoder, cnn_depth=2, mlp_units=8, mlp_keys="position")
     decoder = networks.Decoder(16, {"image": (64, 64, 3), "position": (4,), "velocity": (2,)}, **options)
     feat = torch.randn(2, 8, 16)
     assert decoder(feat)["image"].shape == (2, 8, 64, 64, 3) and decoder(feat)["position"].shape == (2, 8, 4)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-2)
     losses = []
-    for _ in range(15):
+    for _ in range(60):
         loss = decoder.loss(feat, obs)
         assert loss.shape == (2, 8)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
-        losses.append(float(loss.mean()))
-    assert losses[-1] < 0.7 * losses[0]
+        losses.append(float(loss.mean().detach()))
+    assert losses[-1] < 0.3 * losses[0]
 
 
 def test_reset_inside_a_sequence_forgets_everything_before():
@@ -237,8 +236,9 @@ def test_actor_critic_gradients_stay_at_home():
     value_loss.backward()
     with_grad = {n.split(".")[1] for n, p in agent.named_parameters() if p.grad is not None}
     assert with_grad == {"critic"}
-    trainable = {n for n, p in agent.named_parameters() if not p.requires_grad}
-    assert {n.split(".")[-4] if "hybrid" in n else n for n in trainable} and not any("actor." in n for n in trainable)
+    fixed = {".".join(n.split(".")[:3]) for n, p in agent.named_parameters() if not p.requires_grad}
+    raw = {"world_model.hybrid.raw_encoder", "world_model.hybrid.raw_rssm"}
+    assert {n for n in fixed if "slow_critic" not in n} == raw, "nothing stays frozen that is trained"
 
 
 @pytest.mark.parametrize("stop", [True, False])
