@@ -374,7 +374,7 @@ class Run:
         self.should_reset = tools.Every(config.reset_every)
         # Until this many policy steps actions are random; the first evaluation comes right after.
         self.prefill = max(config.prefill, config.envs)
-        self.count = {"policy_step": 0, "update": 0, "episode": 0, "next_eval": self.prefill}
+        self.count = {"policy_step": 0, "update": 0, "episode": 0, "next_eval": self.prefill, "evaluated": -1}
         self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps)
         if checkpoint:
             self.restore(checkpoint)
@@ -385,6 +385,11 @@ class Run:
     def step(self) -> int:
         """Environment frames, action repeat included."""
         return self.count["policy_step"] * self.config.action_repeat
+
+    @property
+    def finished(self) -> bool:
+        """The last evaluation, at `steps` frames or soon after, ends the run."""
+        return self.count["evaluated"] * self.config.action_repeat >= self.config.steps
 
     @property
     def clocks(self) -> dict:
@@ -510,12 +515,12 @@ def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: Fals
 
 
 def train(run: Run, stopped) -> None:
-    """Collect and learn until `steps` frames; the last thing it does is an evaluation. `stopped()` ends it early."""
+    """Collect and learn until the run is finished; `stopped()` ends it early."""
     config, agent, replay, logger, count = run.config, run.agent, run.replay, run.logger, run.count
     vec = run.train_envs
     random, carry = exploration.Random(agent.actions, agent.discrete), None
     done, score, length = np.ones(vec.num_envs, bool), np.zeros(vec.num_envs), np.zeros(vec.num_envs, int)
-    while not stopped():
+    while not (run.finished or stopped()):
         if count["policy_step"] >= count["next_eval"]:
             if run.eval_envs is not None:
                 metrics, frames = evaluate(agent, run.eval_envs, config.eval_episode_num, stopped)
@@ -526,9 +531,9 @@ def train(run: Run, stopped) -> None:
                     logger.video("eval/policy", frames)
                 run.write(only="eval/")
             count["next_eval"] += config.eval_every // config.action_repeat
+            count["evaluated"] = count["policy_step"]
             run.save()
-            if run.step >= config.steps:
-                return
+            continue
         if done.any():
             obs = vec.reset(done)
             score[done], length[done] = 0.0, 0
@@ -557,7 +562,8 @@ def train(run: Run, stopped) -> None:
         if done.any():
             run.write(only="episode/")
         logger.progress(run.step)
-    run.save()
+    if stopped():
+        run.save()
 
 
 def rows(obs: dict[str, np.ndarray], *, action: np.ndarray, reward: np.ndarray) -> dict[str, np.ndarray]:
@@ -622,9 +628,9 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
     return 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     try:
-        return run(sys.argv[1:])
+        return run(sys.argv[1:] if argv is None else argv)
     except (tools.UserError, envs.EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,8 +57,9 @@ def test_run_leaves_what_the_readme_says(trained):
     assert [row["step"] for row in episodes] == [80, 160, 240] and episodes[-1]["episode"] == 6
     learned = [row for row in rows if "loss/model_loss" in row]
     assert {row["update"] for row in learned} >= {2, 3} and all(np.isfinite(row["loss/model_loss"]) for row in learned)
-    # train_ratio / (batch_size * batch_length) = 1 update per policy step, after the pretraining and one for the clock
-    assert learned[-1]["update"] == rows[-1]["update"] == 2 + 1 + (280 - 120) // 2 - 4
+    # Updates: 2 at the first of 40 training calls, 1 at the second, then one per policy step, that is 2 per call.
+    assert rows[-1]["update"] == 2 + 1 + 38 * 2
+    assert [row["step"] for row in learned] == list(range(120, 280, 20))
 
 
 def test_every_logged_metric_is_explained_in_the_readme(trained):
@@ -136,7 +138,9 @@ def test_resumed_run_restores_everything(trained):
         for key, value in saved["agent"].items():
             assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), key
         for name, optimizer in restored.agent.optimizers.items():
-            for old, new in zip(saved["optimizers"][name]["state"].values(), optimizer.state_dict()["state"].values(), strict=True):
+            for old, new in zip(
+                saved["optimizers"][name]["state"].values(), optimizer.state_dict()["state"].values(), strict=True
+            ):
                 assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old), name
         assert float(state["actor_critic.return_norm.quantiles"].abs().sum()) > 0
         assert restored.count == saved["count"] and restored.count["policy_step"] == 140
@@ -186,52 +190,55 @@ BAD_INPUT = {
 }
 
 
-def assert_one_line_error(done: subprocess.CompletedProcess, hint: str) -> None:
-    assert done.returncode == 2, (done.returncode, done.stderr)
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
-    assert len(errors) == 1 and errors[0].startswith("error: ") and hint in errors[0], done.stderr
+def assert_one_line_error(code: int, stderr: str, hint: str) -> None:
+    assert code == 2, (code, stderr)
+    errors = [line for line in stderr.splitlines() if not line.startswith("warning:")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and hint in errors[0], stderr
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_line(name, tmp_path):
+def test_bad_input_is_one_line(name, tmp_path, capsys):
     argv, hint = BAD_INPUT[name]
     if name == "absent device" and torch.cuda.is_available():
         pytest.skip("this machine may have that device")
-    assert_one_line_error(run(tmp_path / "log", *argv), hint)
+    code = dreamer.main(command(tmp_path / "log", *argv)[2:])
+    assert_one_line_error(code, capsys.readouterr().err, hint)
     assert not (tmp_path / "log" / "metrics.jsonl").exists()
 
 
-def test_logdir_missing():
-    done = subprocess.run([sys.executable, str(ROOT / "dreamer.py")], capture_output=True, text=True)
-    assert_one_line_error(done, "--logdir")
+def test_logdir_missing(capsys):
+    assert_one_line_error(dreamer.main([]), capsys.readouterr().err, "--logdir")
 
 
-def test_logdir_of_another_config(trained):
+def test_logdir_of_another_config(trained, capsys):
     before = (trained / "config.json").read_bytes()
-    assert_one_line_error(run(trained, "--mbr_scale", "2"), "mbr_scale was 1.0, now 2.0")
+    code = dreamer.main(command(trained, "--mbr_scale", "2")[2:])
+    assert_one_line_error(code, capsys.readouterr().err, "mbr_scale was 1.0, now 2.0")
     assert (trained / "config.json").read_bytes() == before
 
 
-def test_unwritable_logdir(tmp_path):
+def test_unwritable_logdir(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert_one_line_error(run(tmp_path / "file" / "log"), "cannot")
+    assert_one_line_error(dreamer.main(command(tmp_path / "file" / "log")[2:]), capsys.readouterr().err, "cannot")
 
 
-def test_damaged_checkpoint_falls_back_then_refuses(tmp_path):
+def test_damaged_checkpoint_falls_back_then_refuses(trained, tmp_path):
     logdir = tmp_path / "log"
-    assert run(logdir, "--steps", "200").returncode == 0
+    shutil.copytree(trained, logdir)
     damaged = (logdir / "latest.pt").read_bytes()[:1000]
     (logdir / "latest.pt").write_bytes(damaged)
-    done = run(logdir, "--steps", "200")
+    done = run(logdir)
     assert done.returncode == 0 and "latest.prev.pt" in done.stderr, done.stderr
+    assert [row["step"] for row in read_rows(logdir) if "eval/return" in row] == [120, 200, 280]
     for name in ("latest.pt", "latest.prev.pt"):
         (logdir / name).write_bytes(damaged)
-    assert_one_line_error(run(logdir, "--steps", "200"), "unreadable")
+    done = run(logdir)
+    assert_one_line_error(done.returncode, done.stderr, "unreadable")
 
 
 def test_no_way_to_render(tmp_path):
     done = run(tmp_path / "log", env={**os.environ, "MUJOCO_GL": "nonsense"})
-    assert_one_line_error(done, "MUJOCO_GL")
+    assert_one_line_error(done.returncode, done.stderr, "MUJOCO_GL")
 
 
 def test_weights_that_do_not_fit(tmp_path):
