@@ -593,13 +593,14 @@ def run(argv: list[str]) -> int:
     if config.eval_only:
         return evaluate_only(config, logdir, device)
     tools.check_config(config, logdir)
-    tools.save_config(config, logdir, argv)
     print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
 
     received = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: received.append(number))
     training = Run(config, logdir, device)
+    # Only now is it known that the options work; a mistyped one must not claim the folder.
+    tools.save_config(config, logdir, argv)
     try:
         train(training, lambda: bool(received))
     finally:

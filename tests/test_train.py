@@ -56,7 +56,7 @@ def test_run_leaves_what_the_readme_says(trained):
     episodes = [row for row in rows if "episode/return" in row]
     assert [row["step"] for row in episodes] == [80, 160, 240] and episodes[-1]["episode"] == 6
     learned = [row for row in rows if "loss/model_loss" in row]
-    assert {row["update"] for row in learned} >= {2, 3} and all(np.isfinite(row["loss/model_loss"]) for row in learned)
+    assert learned[0]["update"] == 2 and all(np.isfinite(row["loss/model_loss"]) for row in learned)
     # Updates: 2 at the first of 40 training calls, 1 at the second, then one per policy step, that is 2 per call.
     assert rows[-1]["update"] == 2 + 1 + 38 * 2
     assert [row["step"] for row in learned] == list(range(120, 280, 20))
@@ -138,9 +138,10 @@ def test_resumed_run_restores_everything(trained):
         for key, value in saved["agent"].items():
             assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), key
         for name, optimizer in restored.agent.optimizers.items():
-            for old, new in zip(
-                saved["optimizers"][name]["state"].values(), optimizer.state_dict()["state"].values(), strict=True
-            ):
+            new_state = optimizer.state_dict()["state"]
+            assert len(new_state) == len(saved["optimizers"][name]["state"]) > 0
+            for index, old in saved["optimizers"][name]["state"].items():
+                new = new_state[index]
                 assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old), name
         assert float(state["actor_critic.return_norm.quantiles"].abs().sum()) > 0
         assert restored.count == saved["count"] and restored.count["policy_step"] == 140
