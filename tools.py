@@ -25,6 +25,10 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+
+# The first optimiser loads this anyway, and with it Triton, whose LLVM crashes if Mesa's LLVM (a renderer in this
+# process) is there before it.
+import torch._dynamo
 import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
