@@ -126,7 +126,8 @@ class Agent(nn.Module):
         """
         theirs = upstream_names(state)
         ours = {k: v for k, v in self.state_dict().items() if isinstance(v, Tensor) and "return_norm" not in k}
-        wrong = [k for k in ours if k not in theirs or theirs[k].shape != ours[k].shape]
+        wrong = [k for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
+        wrong += [k for k in ours if k not in theirs]
         extra = [k for k in theirs if k not in ours]
         if wrong or extra:
             shape = {k: f"{tuple(v.shape)}" for k, v in theirs.items()}

@@ -155,11 +155,11 @@ def test_decoder_learns_to_reconstruct():
     torch.manual_seed(0)
     obs = make_agent(vectors=True).world_model.preprocess(make_batch())
     obs["image"] = torch.rand(2, 8, 1, 1, 3).expand(2, 8, 64, 64, 3) - 0.5
-    options = dict(tools.load_config([]).decoder, cnn_depth=2, mlp_units=8, mlp_keys="position")
+    options = dict(tools.load_config([]).decoder, cnn_depth=8, mlp_units=8, mlp_keys="position")
     decoder = networks.Decoder(16, {"image": (64, 64, 3), "position": (4,), "velocity": (2,)}, **options)
     feat = torch.randn(2, 8, 16)
     assert decoder(feat)["image"].shape == (2, 8, 64, 64, 3) and decoder(feat)["position"].shape == (2, 8, 4)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-2)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
         loss = decoder.loss(feat, obs)
