@@ -584,7 +584,8 @@ def run(argv: list[str]) -> int:
     config = tools.load_config(argv)
     if not config.logdir:
         raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
-    envs.prepare(config.task, **env_options(config))
+    # Finds out now, before workers start, whether the task, its files and rendering are in order.
+    envs.prepare(config.task, **env_options(config) | {"total_frames": 1})
     device, logdir = pick_device(config.device), Path(config.logdir).expanduser()
     tools.keep_memory()
     torch.set_num_threads(config.threads or tools.default_threads(0))

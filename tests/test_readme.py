@@ -35,7 +35,7 @@ def test_training_commands_run(command, tmp_path):
         cwd=here,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     logdir = here / argv[argv.index("--logdir") + 1]

@@ -26,7 +26,7 @@ def command(logdir: Path, *argv: str) -> list[str]:
     return [sys.executable, str(ROOT / "dreamer.py"), *SHORT.split(), "--logdir", str(logdir), *argv]
 
 
-def run(logdir: Path, *argv: str, timeout: int = 240, **kwargs) -> subprocess.CompletedProcess:
+def run(logdir: Path, *argv: str, timeout: int = 900, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command(logdir, *argv), capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
@@ -86,7 +86,7 @@ def test_another_seed_gives_other_metrics(trained, tmp_path):
     assert read_rows(tmp_path / "log")[0] != read_rows(trained)[0]
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
