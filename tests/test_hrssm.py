@@ -196,21 +196,6 @@ def test_projector_is_trained_by_latent_reconstruction_alone(flags, trained):
     assert (agent.world_model.rssm.projector.weight.grad is not None) == trained
 
 
-def test_raw_history_carries_no_gradient():
-    """The shared recurrent state is the same value in both branches but detached in the raw one.
-
-    Forgetting that leaves every loss value unchanged and alters the gradients, so it is checked on the gradients.
-    """
-    agent, batch = make_agent(), make_batch()
-    hybrid = agent.world_model.hybrid
-    data = agent.world_model.preprocess(batch)
-    branches = hybrid(data, data["action"], data["is_first"])
-    target = torch.randn_like(branches.raw_post.feat)
-    assert not branches.raw_post.feat.requires_grad
-    (branches.post.feat * target).sum().backward()
-    assert hybrid.encoder.cnn.layers[0].weight.grad.abs().sum() > 0
-
-
 def test_ema_follows_with_its_rates():
     agent, batch = make_agent(encoder_tau=0.25, dynamics_tau=0.5), make_batch()
     hybrid = agent.world_model.hybrid
