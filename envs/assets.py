@@ -4,6 +4,7 @@
 """
 
 import os
+import warnings
 from pathlib import Path
 
 from envs.task import EnvError
@@ -26,5 +27,7 @@ def find(name: str, relative: str, flag_path: str | None = None) -> str:
     folders = [root() / name, *([Path(flag_path).expanduser()] if flag_path else []), Path(CACHE).expanduser() / name]
     for folder in folders:
         if (folder / relative).exists():
+            if (folder / GENERATED).exists():
+                warnings.warn(f"{folder} holds generated stand-ins: results compare with nothing", stacklevel=2)
             return str(folder / relative)
     raise EnvError(f"{relative} is not in {folders[0]}: get it with python setup/download.py {name}")
