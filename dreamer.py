@@ -543,8 +543,8 @@ def train(run: Run, stopped) -> None:
     done, score, length = np.ones(vec.num_envs, bool), np.zeros(vec.num_envs), np.zeros(vec.num_envs, int)
     while not (run.finished or stopped()):
         if count["policy_step"] >= count["next_eval"]:
-            for name, vec in run.eval_envs.items():
-                metrics, frames = evaluate(agent, vec, config.eval_episode_num, stopped)
+            for name, eval_vec in run.eval_envs.items():
+                metrics, frames = evaluate(agent, eval_vec, config.eval_episode_num, stopped)
                 if stopped():
                     break
                 prefix = f"eval/{name}/" if name else "eval/"
@@ -659,9 +659,8 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
     width = max(len(task) for task, *_ in rows)
     print(f"{'task':{width}}  episodes   return      std  95% interval       success  length")
     for task, episodes, mean, std, (low, high), success, length in rows:
-        print(
-            f"{task:{width}}  {episodes:8.0f}  {mean:7.1f}  {std:7.1f}  {low:7.1f} {high:7.1f}  {success:12.2f}  {length:6.0f}"
-        )
+        spread = f"{mean:7.1f}  {std:7.1f}  {low:7.1f} {high:7.1f}"
+        print(f"{task:{width}}  {episodes:8.0f}  {spread}  {success:12.2f}  {length:6.0f}")
     return 0
 
 

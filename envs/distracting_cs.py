@@ -23,15 +23,18 @@ GROUND_ALPHA = {"reacher": 0.0, "walker": 1.0, "cheetah": 1.0}  # others 0.3
 SKY = 0  # index of the sky among the textures of these domains
 SKY_EDGE = 800  # pixels
 
+# fmt: off
 # The training list of DAVIS 2017.
 DAVIS = (
-    "bear bmx-bumps boat boxing-fisheye breakdance-flare bus car-turn cat-girl classic-car color-run crossing "
-    "dance-jump dancing disc-jockey dog-agility dog-gooses dogs-scale drift-turn drone elephant flamingo hike hockey "
-    "horsejump-low kid-football kite-walk koala lady-running lindy-hop longboard lucia mallard-fly mallard-water "
-    "miami-surf motocross-bumps motorbike night-race paragliding planes-water rallye rhino rollerblade schoolgirls "
-    "scooter-board scooter-gray sheep skate-park snowboard soccerball stroller stunt surf swing tennis tractor-sand "
-    "train tuk-tuk upside-down varanus-cage walking"
-).split()
+    "bear", "bmx-bumps", "boat", "boxing-fisheye", "breakdance-flare", "bus", "car-turn", "cat-girl", "classic-car",
+    "color-run", "crossing", "dance-jump", "dancing", "disc-jockey", "dog-agility", "dog-gooses", "dogs-scale",
+    "drift-turn", "drone", "elephant", "flamingo", "hike", "hockey", "horsejump-low", "kid-football", "kite-walk",
+    "koala", "lady-running", "lindy-hop", "longboard", "lucia", "mallard-fly", "mallard-water", "miami-surf",
+    "motocross-bumps", "motorbike", "night-race", "paragliding", "planes-water", "rallye", "rhino", "rollerblade",
+    "schoolgirls", "scooter-board", "scooter-gray", "sheep", "skate-park", "snowboard", "soccerball", "stroller",
+    "stunt", "surf", "swing", "tennis", "tractor-sand", "train", "tuk-tuk", "upside-down", "varanus-cage", "walking",
+)
+# fmt: on
 
 
 def check(domain: str, difficulty: float) -> None:
@@ -279,13 +282,11 @@ def to_sphere(point: np.ndarray) -> np.ndarray:
 
 def from_sphere(position: np.ndarray) -> np.ndarray:
     radius, azimuth, polar = position
-    return radius * np.array(
-        [np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth), np.cos(polar)]
-    )
+    return radius * np.array([np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth), np.cos(polar)])
 
 
 def look_at_level(direction: np.ndarray) -> np.ndarray:
-    """Rotation (3, 3) of a camera that looks along `direction` with a level horizon (unsteady when looking straight down)."""
+    """Rotation (3, 3) of a camera that looks along `direction` with a level horizon; unsteady when that is down."""
     x, y, z = direction / np.sqrt(np.sum(direction**2))
     yaw, pitch = -np.arctan2(x, y), np.arctan2(z, np.sqrt(x**2 + y**2)) + math.pi / 2
     about_z = np.array([[np.cos(yaw), -np.sin(yaw), 0.0], [np.sin(yaw), np.cos(yaw), 0.0], [0.0, 0.0, 1.0]])

@@ -251,7 +251,7 @@ def recorded_model() -> Iterator[list]:
     """
     from dm_control.mujoco import engine
 
-    model, original = [], engine.Physics.from_xml_string
+    model, original = [], vars(engine.Physics)["from_xml_string"]  # the classmethod itself, not bound to this class
 
     def record(cls, xml_string, assets=None):
         model[:] = xml_string, dict(assets or {})

@@ -37,10 +37,10 @@ class NaturalVideo(Distraction):
     """Frames of a source of `envs.video` where the picture is blue."""
 
     def __init__(self, source):
-        self._source = source
+        self.source = source
 
     def seed(self, seed: int) -> None:
-        self._source.seed(seed)
+        self.source.seed(seed)
 
     def paint(self, image: np.ndarray, first: bool) -> np.ndarray:
-        return matte(image, self._source(first))
+        return matte(image, self.source(first))

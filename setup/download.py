@@ -109,7 +109,9 @@ def unpack(archive: Path, folder: Path, wanted: Iterable[str]) -> None:
             for member in members:
                 path = PurePosixPath(member.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    raise DownloadError(f"{archive} would write outside its folder ({member.filename}): do not trust it")
+                    raise DownloadError(
+                        f"{archive} would write outside its folder ({member.filename}): do not trust it"
+                    )
             for member in tqdm(members, desc=f"unpack {archive.name}", disable=None):
                 if member.filename.startswith(prefixes):
                     file.extract(member, scratch)  # checks the content's checksum
@@ -156,7 +158,9 @@ def get_davis(folder: Path, source: str | None) -> None:
     if source and Path(source).is_dir():
         pictures = next((p for p in (Path(source), *Path(source).rglob("480p")) if (p / DAVIS[0]).is_dir()), None)
         if pictures is None:
-            raise DownloadError(f"{source} holds no DAVIS videos such as {DAVIS[0]}: give the folder of JPEGImages/480p")
+            raise DownloadError(
+                f"{source} holds no DAVIS videos such as {DAVIS[0]}: give the folder of JPEGImages/480p"
+            )
         target = folder / "DAVIS/JPEGImages/480p"
         for name in tqdm(DAVIS, desc="davis", disable=None):
             if (pictures / name).is_dir():
@@ -296,7 +300,9 @@ SETS = {"dmcgs": get_dmcgs, "davis": get_davis, "kinetics": get_kinetics, "demo"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
-    parser.add_argument("--from", dest="source", help="a mirror's address or a local folder or file, in place of the original")
+    parser.add_argument(
+        "--from", dest="source", help="a mirror's address or a local folder or file, in place of the original"
+    )
     arguments = parser.parse_args(argv)
     folder = assets.root() / arguments.set
     print(LICENCES[arguments.set])
