@@ -8,6 +8,7 @@ Counters: `policy_step` counts decisions of the policy summed over environments,
 `eval_every`, `log_every` and `time_limit` are given in frames, `prefill` and `dataset_size` in policy steps.
 """
 
+import math
 import re
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 import envs
@@ -357,7 +359,8 @@ class Run:
         # A resumed run continues with fresh episodes rather than repeating those of its start.
         resumed_at = checkpoint["count"]["policy_step"] if checkpoint else 0
         self.train_envs = make_envs(config, "train", resumed_at)
-        self.eval_envs = make_envs(config, "eval", resumed_at) if config.eval_episode_num > 0 else None
+        tasks = eval_tasks(config) if config.eval_episode_num > 0 else {}
+        self.eval_envs = {name: make_envs(config, "eval", resumed_at, task) for name, task in tasks.items()}
         self.agent = make_agent(config, self.train_envs.observation_space, self.train_envs.action_space, device)
         # A run cannot fill more than this, so a short one does not reserve the memory of a long one.
         frames = config.steps + config.eval_every + (config.prefill + 1) * config.action_repeat
@@ -430,8 +433,8 @@ class Run:
     def close(self) -> None:
         self.logger.close()
         self.train_envs.close()
-        if self.eval_envs is not None:
-            self.eval_envs.close()
+        for vec in self.eval_envs.values():
+            vec.close()
 
 
 def env_options(config) -> dict:
@@ -442,12 +445,29 @@ def env_options(config) -> dict:
         "resource_files": config.resource_files,
         "img_source": config.img_source,
         "total_frames": config.total_frames,
+        "ds_resource_path": config.ds_resource_path,
+        "distracting_cs_intensity": config.distracting_cs_intensity,
+        "distracting_cs_dynamic": config.distracting_cs_dynamic,
     }
 
 
-def make_envs(config, stream: str, start: int = 0) -> envs.Vector:
+def eval_tasks(config) -> dict[str, str]:
+    """What is evaluated: a name for its metrics and the task string; the training task has the name ""."""
+    if not config.eval_task:
+        return {"": config.task}
+    trained, tasks = envs.parse_task(config.task), {}
+    for task in config.eval_task:
+        other = envs.parse_task(task)
+        if (other.suite, other.domain) != (trained.suite, trained.domain):
+            raise tools.UserError(f"--eval_task {task}: the agent of {config.task} can act in {trained.domain} only")
+        variant = other.variant or "clean"
+        tasks[variant if other.name == trained.name else f"{other.name}_{variant}"] = task
+    return tasks
+
+
+def make_envs(config, stream: str, start: int = 0, task: str = "") -> envs.Vector:
     return envs.make_vector(
-        config.task,
+        task or config.task,
         config.envs,
         seed=config.seed,
         stream=stream,
@@ -512,7 +532,7 @@ def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: Fals
     returns, lengths, successes = np.array(finished[:episodes], np.float64).T
     metrics = {"return": returns.mean(), "return_std": returns.std(), "length": lengths.mean()}
     metrics |= {"success": successes.mean(), "episodes": episodes}
-    return {f"eval/{k}": float(v) for k, v in metrics.items()}, np.stack(frames) if frames else None
+    return {k: float(v) for k, v in metrics.items()}, np.stack(frames) if frames else None
 
 
 def train(run: Run, stopped) -> None:
@@ -523,14 +543,17 @@ def train(run: Run, stopped) -> None:
     done, score, length = np.ones(vec.num_envs, bool), np.zeros(vec.num_envs), np.zeros(vec.num_envs, int)
     while not (run.finished or stopped()):
         if count["policy_step"] >= count["next_eval"]:
-            if run.eval_envs is not None:
-                metrics, frames = evaluate(agent, run.eval_envs, config.eval_episode_num, stopped)
+            for name, eval_vec in run.eval_envs.items():
+                metrics, frames = evaluate(agent, eval_vec, config.eval_episode_num, stopped)
                 if stopped():
                     break
-                logger.scalars(metrics)
+                prefix = f"eval/{name}/" if name else "eval/"
+                logger.scalars({prefix + key: value for key, value in metrics.items()})
                 if frames is not None:
-                    logger.video("eval/policy", frames)
-                run.write(only="eval/")
+                    logger.video(f"{prefix}policy", frames)
+            if stopped():
+                break
+            run.write(only="eval/")
             count["next_eval"] += config.eval_every // config.action_repeat
             count["evaluated"] = count["policy_step"]
             run.save()
@@ -585,7 +608,8 @@ def run(argv: list[str]) -> int:
     if not config.logdir:
         raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
     # Finds out now, before workers start, whether the task, its files and rendering are in order.
-    envs.prepare(config.task, **env_options(config) | {"total_frames": 1})
+    for task in {config.task, *eval_tasks(config).values()}:
+        envs.prepare(task, **env_options(config) | {"total_frames": 1})
     device, logdir = pick_device(config.device), Path(config.logdir).expanduser()
     tools.keep_memory()
     torch.set_num_threads(config.threads or tools.default_threads(0))
@@ -617,18 +641,36 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
     checkpoint = tools.load_checkpoint(logdir / "latest.pt", device)
     if checkpoint is None and not config.init_from:
         raise tools.UserError(f"{logdir}/latest.pt does not exist: train first, or give weights with --init_from")
-    vec = make_envs(config, "eval")
-    try:
-        agent = make_agent(config, vec.observation_space, vec.action_space, device)
-        if checkpoint:
-            agent.load_state_dict(checkpoint["agent"])
-        else:
-            load_weights(agent, config.init_from)
-        metrics, _ = evaluate(agent, vec, config.eval_episode_num)
-    finally:
-        vec.close()
-    print("  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    agent, rows = None, []
+    for task in eval_tasks(config).values():
+        vec = make_envs(config, "eval", task=task)
+        try:
+            if agent is None:
+                agent = make_agent(config, vec.observation_space, vec.action_space, device)
+                if checkpoint:
+                    agent.load_state_dict(checkpoint["agent"])
+                else:
+                    load_weights(agent, config.init_from)
+            metrics, _ = evaluate(agent, vec, config.eval_episode_num)
+        finally:
+            vec.close()
+        rows.append((task, *(metrics[key] for key in ("episodes", "return", "return_std")), interval(metrics)))
+        rows[-1] += (metrics["success"], metrics["length"])
+    width = max(len(task) for task, *_ in rows)
+    print(f"{'task':{width}}  episodes   return      std  95% interval       success  length")
+    for task, episodes, mean, std, (low, high), success, length in rows:
+        spread = f"{mean:7.1f}  {std:7.1f}  {low:7.1f} {high:7.1f}"
+        print(f"{task:{width}}  {episodes:8.0f}  {spread}  {success:12.2f}  {length:6.0f}")
     return 0
+
+
+def interval(metrics: dict[str, float]) -> tuple[float, float]:
+    """Where the mean return lies with 95% confidence: Student's t over episodes (no number from one episode)."""
+    n, mean = metrics["episodes"], metrics["return"]
+    if n < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf(0.975, n - 1) * metrics["return_std"] / math.sqrt(n - 1)
+    return mean - half, mean + half
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -83,7 +83,7 @@ CHOICES = {
 
 # Options that a resumed run may change: they do not alter what has been learnt so far.
 MAY_CHANGE = (
-    "compile|dataset_size|debug|decoder|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|evaldir"
+    "compile|dataset_size|debug|decoder|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task|evaldir"
     "|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|parallel|post_mlr|simple_log|steps|threads"
     "|traindir|video_pred_log|videodir"
 )

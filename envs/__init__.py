@@ -3,7 +3,8 @@
 A suite is a module with two functions, imported on first use:
 
     parse(rest: str) -> (domain, name, variant)    # `rest` is the task string after the suite; raises EnvError
-    prepare(task: Task, *, size, action_repeat, seed, start, task_seed, resource_files, img_source, total_frames)
+    prepare(task: Task, *, size, action_repeat, seed, start, task_seed, resource_files, img_source, total_frames,
+            ds_resource_path, distracting_cs_intensity, distracting_cs_dynamic)
         -> Callable[[], gymnasium.Env]             # checks everything first; the result is picklable
 
 The environment is a stock `gymnasium.Env` with a Dict observation space (key `image`: uint8 (H, W, 3)). To add a
@@ -48,6 +49,9 @@ def prepare(
     resource_files: str = "../distractors/*.mp4",
     img_source: str = "video",
     total_frames: int = 1000,
+    ds_resource_path: str = "..",
+    distracting_cs_intensity: float = 0.1,
+    distracting_cs_dynamic: bool = True,
 ) -> Callable[[], gymnasium.Env]:
     """Check the task and its files, decode what it needs, and return a picklable constructor of the environment.
 
@@ -62,6 +66,9 @@ def prepare(
         resource_files: glob or folder of the background files (`~` is expanded).
         img_source: what replaces the background of a `_video` task: video, images, color or noise.
         total_frames: length of the background sequence; 0 takes every frame of every file once.
+        ds_resource_path: folder that holds `DAVIS`, for `distracting_cs`.
+        distracting_cs_intensity: difficulty of `distracting_cs` and `sensor_cs`.
+        distracting_cs_dynamic: whether these distractions move within an episode.
 
     Raises:
         EnvError: unknown task, no usable background file, or no way to render.
@@ -79,6 +86,9 @@ def prepare(
         resource_files=resource_files,
         img_source=img_source,
         total_frames=total_frames,
+        ds_resource_path=ds_resource_path,
+        distracting_cs_intensity=distracting_cs_intensity,
+        distracting_cs_dynamic=distracting_cs_dynamic,
     )
     return functools.partial(_construct, constructor, time_limit)
 

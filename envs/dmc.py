@@ -1,4 +1,4 @@
-"""The DeepMind Control Suite: `dmc_{domain}_{name}`, clean or with a natural-video background (`_video`)."""
+"""The DeepMind Control Suite: `dmc_{domain}_{name}`, clean or with a distraction: `dmc_{domain}_{name}_{variant}`."""
 
 import contextlib
 import difflib
@@ -9,12 +9,12 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from xml.etree import ElementTree
 
 import gymnasium
 import numpy as np
 
 from envs import natural_video
+from envs.distraction import Distraction, Edits, edit_assets
 from envs.task import EnvError, Task
 
 # Equal to dm_control.suite.TASKS_BY_DOMAIN, written down so that parsing a name does not load a simulator.
@@ -40,7 +40,7 @@ TASKS = {
     "walker": ("stand", "walk", "run"),
 }
 ALIASES = {"cup": "ball_in_cup"}
-VARIANTS = ("video",)
+VARIANTS = ("video", "color_easy", "color_hard", "video_easy", "video_hard", "distracting_cs", "sensor_cs")
 
 # Clean tasks are seen by camera 0, except that one; distraction tasks always by camera 0.
 CLEAN_CAMERAS = {"quadruped": 2}
@@ -78,24 +78,50 @@ def prepare(
     resource_files: str,
     img_source: str,
     total_frames: int,
+    ds_resource_path: str,
+    distracting_cs_intensity: float,
+    distracting_cs_dynamic: bool,
 ) -> Callable[[], gymnasium.Env]:
     """Constructor of the environment of `task`, after every check and after the clips it needs are decoded."""
     check_rendering()
-    own_task_seed, background_seed = _two_seeds(
+    own_task_seed, distraction_seed = _two_seeds(
         np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, start))
     )
-    camera, edits, background = CLEAN_CAMERAS.get(task.domain, 0), {}, None
+    camera, edits, distraction = 0 if task.variant else CLEAN_CAMERAS.get(task.domain, 0), {}, None
+    # Imported where used: only some of these need decoders.
     if task.variant == "video":
-        from envs import video  # only these tasks need the decoders
+        from envs import video
 
-        camera, edits = 0, natural_video.look(task.domain)
-        background = video.make_source(
+        edits = natural_video.look(task.domain)
+        source = video.make_source(
             img_source,
             resource_files=resource_files,
             total_frames=total_frames,
             size=size,
             clip_seed=int(seed.generate_state(1)[0]),
-            seed=background_seed,
+            seed=distraction_seed,
+        )
+        distraction = natural_video.NaturalVideo(source)
+    elif task.variant.startswith("color"):
+        from envs import dmc_gs
+
+        distraction = dmc_gs.Colors(dmc_gs.load_colors(task.variant), distraction_seed)
+    elif task.variant.startswith("video"):
+        from envs import dmc_gs
+
+        edits = dmc_gs.look(dmc_gs.GREEN_SCREEN[task.variant])
+        distraction = dmc_gs.GreenScreen(dmc_gs.find_clips(task.variant, size))
+    elif task.variant:
+        from envs import distracting_cs
+
+        distraction = distracting_cs.make_distraction(
+            task.variant,
+            task.domain,
+            difficulty=distracting_cs_intensity,
+            dynamic=distracting_cs_dynamic,
+            camera=camera,
+            resource_path=ds_resource_path,
+            seed=distraction_seed,
         )
     return functools.partial(
         ControlSuite,
@@ -106,7 +132,7 @@ def prepare(
         action_repeat=action_repeat,
         task_seed=own_task_seed if task_seed is None else task_seed,
         edits=edits,
-        background=background,
+        distraction=distraction,
     )
 
 
@@ -128,14 +154,14 @@ class ControlSuite(gymnasium.Env):
         camera: int = 0,
         action_repeat: int = 1,
         task_seed: int = 0,
-        edits: natural_video.Edits | None = None,
-        background=None,
+        edits: Edits | None = None,
+        distraction: Distraction | None = None,
     ):
-        """Load a task with `edits` made to the shared assets; frames of the source `background` replace blue pixels."""
+        """Load a task with `edits` made to the shared assets, and let `distraction` change what is seen of it."""
         from dm_control import suite
         from dm_control.mujoco import engine
 
-        with edited_assets(edits or {}):
+        with edited_assets(edits or {}), recorded_model() as model:
             self._env = suite.load(domain, name, task_kwargs={"random": task_seed})
         physics = self._env.physics
         # A buffer of the size of the picture (set before the GL context is made) and a camera that is kept give the
@@ -144,7 +170,8 @@ class ControlSuite(gymnasium.Env):
         visual.offheight, visual.offwidth = size
         self._camera = engine.Camera(physics, *size, camera_id=camera)
         self._free = weakref.finalize(self, physics.free)  # at exit too: a GL context left to the interpreter complains
-        self._background = background
+        self._distraction = distraction or Distraction()
+        self._distraction.attach(*model)
         self._action_repeat = action_repeat
         self._running = False
 
@@ -164,12 +191,14 @@ class ControlSuite(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         if seed is not None:
-            task_seed, background_seed = _two_seeds(np.random.SeedSequence(seed))
+            task_seed, distraction_seed = _two_seeds(np.random.SeedSequence(seed))
             self._env.task.random.seed(task_seed)
-            if self._background is not None:
-                self._background.seed(background_seed)
+            self._distraction.seed(distraction_seed)
         self._running = True
-        return self._observe(self._env.reset()), {}
+        self._distraction.before_reset(self._env.physics)
+        time_step = self._env.reset()
+        self._distraction.after_reset(self._env.physics)
+        return self._observe(time_step), {}
 
     def step(self, action: np.ndarray):
         if not self._running:
@@ -179,10 +208,12 @@ class ControlSuite(gymnasium.Env):
             raise ValueError(f"action is not finite: {action}")
         action = self._action_low + (action + 1.0) / 2.0 * (self._action_high - self._action_low)
         reward = 0.0
-        for _ in range(self._action_repeat):
+        for frame in range(self._action_repeat):
             time_step = self._env.step(action)
             reward += time_step.reward or 0.0
-            if time_step.last():
+            last = time_step.last() or frame == self._action_repeat - 1
+            self._distraction.after_step(self._env.physics, last)
+            if last:
                 break
         self._running = not time_step.last()
         terminated = time_step.last() and time_step.discount == 0.0
@@ -194,27 +225,43 @@ class ControlSuite(gymnasium.Env):
 
     def _observe(self, time_step) -> dict[str, np.ndarray]:
         image = self._camera.render().copy()  # the camera gives a view of a buffer that its next picture overwrites
-        if self._background is not None:
-            image = natural_video.matte(image, self._background(time_step.first()))
+        image = self._distraction.paint(image, time_step.first())
         numbers = {k: np.atleast_1d(np.asarray(v, np.float32)) for k, v in time_step.observation.items()}
         return numbers | {"image": image}
 
 
 @contextlib.contextmanager
-def edited_assets(edits: natural_video.Edits) -> Iterator[None]:
+def edited_assets(edits: Edits) -> Iterator[None]:
     """Change attributes of the XML files that all domains share, for the tasks loaded inside the context."""
     from dm_control.suite import common
 
     original = dict(common.ASSETS)
     try:
-        for file, elements in edits.items():
-            root = ElementTree.fromstring(original[file])
-            for (tag, name), attributes in elements.items():
-                root.find(f".//{tag}[@name='{name}']").attrib.update(attributes)
-            common.ASSETS[file] = ElementTree.tostring(root)
+        common.ASSETS.update(edit_assets(original, edits))
         yield
     finally:
         common.ASSETS.update(original)
+
+
+@contextlib.contextmanager
+def recorded_model() -> Iterator[list]:
+    """A list that holds, after a task was loaded inside the context, the XML text and the assets it was built from.
+
+    Some tasks write their XML in code, so the file of the domain would not do.
+    """
+    from dm_control.mujoco import engine
+
+    model, original = [], vars(engine.Physics)["from_xml_string"]  # the classmethod itself, not bound to this class
+
+    def record(cls, xml_string, assets=None):
+        model[:] = xml_string, dict(assets or {})
+        return original.__func__(cls, xml_string, assets)
+
+    engine.Physics.from_xml_string = classmethod(record)
+    try:
+        yield model
+    finally:
+        engine.Physics.from_xml_string = original
 
 
 @functools.cache

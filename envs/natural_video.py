@@ -7,10 +7,9 @@ introduced and that later work on natural-video distractors, HRSSM among it, tra
 
 import numpy as np
 
-MATERIALS, SKYBOX = "./common/materials.xml", "./common/skybox.xml"
+from envs.distraction import Distraction, Edits
 
-# file -> (tag, name) -> attributes to set
-Edits = dict[str, dict[tuple[str, str], dict[str, str]]]
+MATERIALS, SKYBOX = "./common/materials.xml", "./common/skybox.xml"
 
 # Decoration turns brown so that parts such as the caps of `finger` are kept.
 BLUE_FLOOR = {
@@ -32,3 +31,16 @@ def matte(image: np.ndarray, frame: np.ndarray) -> np.ndarray:
     red, green, blue = np.moveaxis(image, -1, 0)
     keyed = (blue > green) & (blue > red)
     return np.where(keyed[..., None], frame, image)
+
+
+class NaturalVideo(Distraction):
+    """Frames of a source of `envs.video` where the picture is blue."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def seed(self, seed: int) -> None:
+        self.source.seed(seed)
+
+    def paint(self, image: np.ndarray, first: bool) -> np.ndarray:
+        return matte(image, self.source(first))

@@ -21,6 +21,7 @@ import av
 import cv2
 import numpy as np
 
+from envs.assets import GENERATED
 from envs.task import EnvError
 
 Clip = tuple[str, int]  # .npy file of frames (N, H, W) uint8, and how many of them to use
@@ -110,6 +111,8 @@ def find_files(kind: str, pattern: str) -> list[str]:
     if not files:
         noun, example = ("video", "DIR/*.mp4") if kind == "video" else ("picture", "DIR/*.jpg")
         raise EnvError(f"no {noun} matches {pattern}: put files there or pass --resource_files '{example}'")
+    if any((Path(folder) / GENERATED).exists() for folder in {os.path.dirname(path) for path in files}):
+        warnings.warn(f"{pattern} are generated stand-ins: results compare with nothing", stacklevel=2)
     return files
 
 

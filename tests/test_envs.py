@@ -344,7 +344,7 @@ def test_selection_takes_every_clip_once_per_pass_and_cuts_the_last(clips):
 
 def test_the_position_moves_by_one_per_observation_through_resets_and_wraps(clips):
     env = envs.make("dmc_pendulum_swingup_video", resource_files=str(clips), total_frames=16, time_limit=3, seed=1)
-    source = env.unwrapped._background
+    source = env.unwrapped._distraction.source
     frames = np.concatenate([np.load(name)[:count] for name, count in source.clips])
     position = source.position
     for episode in range(6):
@@ -442,8 +442,8 @@ def test_seeds():
 def test_a_resumed_run_has_the_same_clips_and_other_episodes(clips):
     options = {"resource_files": str(clips), "total_frames": 10, "seed": 2}
     one, other = (envs.make("dmc_pendulum_swingup_video", start=start, **options) for start in (0, 500))
-    assert one.unwrapped._background.clips == other.unwrapped._background.clips
-    assert one.unwrapped._background.position != other.unwrapped._background.position
+    assert one.unwrapped._distraction.source.clips == other.unwrapped._distraction.source.clips
+    assert one.unwrapped._distraction.source.position != other.unwrapped._distraction.source.position
     assert (one.reset()[0]["orientation"] != other.reset()[0]["orientation"]).any()
     one.close()
     other.close()

@@ -19,7 +19,7 @@ SHORT += " --envs 1 --parallel False --total_frames 10 --dataset_size 1000 " + S
 
 
 def test_commands_are_found():
-    assert len(COMMANDS) == 4 and sum("_video" in command for command in COMMANDS) == 1
+    assert len(COMMANDS) == 5 and sum("_video" in command for command in COMMANDS) == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,7 +39,10 @@ def test_training_commands_run(command, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     logdir = here / argv[argv.index("--logdir") + 1]
-    assert (logdir / "latest.pt").exists() and "eval/return" in (logdir / "metrics.jsonl").read_text()
+    assert (logdir / "latest.pt").exists()
+    assert ("eval/sensor_cs/return" if "--eval_task" in argv else "eval/return") in (
+        logdir / "metrics.jsonl"
+    ).read_text()
 
 
 def test_set_up_commands_stand_on_the_first_screen():
@@ -50,7 +53,7 @@ def test_set_up_commands_stand_on_the_first_screen():
 
 def test_options_presets_and_files_exist():
     blocks = yaml.safe_load((ROOT / "configs.yaml").read_text())
-    options = tools.flatten(blocks["defaults"]).keys() | {"configs", "help", "upstream", "out"}
+    options = tools.flatten(blocks["defaults"]).keys() | {"configs", "help", "upstream", "out", "from"}
     assert {name for name in re.findall(r"--([\w.]+)", README) if name not in options} == set()
     presets = re.findall(r"^\| `(\w+)` \| .*\|$", README.split("| preset | for |")[1].split("\n\n")[0], re.MULTILINE)
     assert set(presets) == blocks.keys() - {"defaults"}

@@ -18,8 +18,11 @@ import envs
 import tools
 from tests.helpers import ROOT, SMALL, make_agent, make_config
 
-SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --time_limit 40 --steps 240 --eval_every 80 --prefill 60"
-SHORT += " --log_every 20 --pretrain 2 --train_ratio 16 --eval_episode_num 2 --parallel False " + SMALL
+SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
+SHORT += (
+    " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --train_ratio 16 --eval_episode_num 2 --parallel False "
+    + SMALL
+)
 
 
 def command(logdir: Path, *argv: str) -> list[str]:
@@ -165,8 +168,35 @@ def test_evaluate_only(trained):
     before = read_rows(trained)
     done = run(trained, "--eval_only")
     assert done.returncode == 0, done.stderr
-    assert "eval/return" in done.stdout and "eval/episodes 2" in done.stdout
+    header, row = done.stdout.splitlines()[-2:]
+    assert header.split()[:4] == ["task", "episodes", "return", "std"]
+    assert row.split()[:2] == ["dmc_cartpole_balance", "2"] and all(float(x) >= 0 for x in row.split()[2:4])
     assert read_rows(trained) == before
+
+
+def test_evaluation_on_other_tasks(tmp_path):
+    tasks = "dmc_cartpole_balance,dmc_cartpole_balance_sensor_cs,dmc_cartpole_swingup"
+    done = run(tmp_path, "--steps", "100", "--eval_task", tasks)
+    assert done.returncode == 0, done.stderr
+    names = ["clean", "sensor_cs", "swingup_clean"]
+    rows = [row for row in read_rows(tmp_path) if "eval/clean/return" in row]
+    assert rows and all(f"eval/{name}/return" in row for row in rows for name in names)
+    assert "eval/return" not in rows[-1]
+    assert all(list((tmp_path / "video").glob(f"*{name}*")) for name in names)
+    table = run(tmp_path, "--eval_only", "--eval_task", tasks).stdout.splitlines()[-3:]
+    assert [line.split()[0] for line in table] == tasks.split(",")
+
+
+def test_evaluation_on_another_robot_is_refused(tmp_path):
+    done = run(tmp_path, "--eval_task", "dmc_walker_stand")
+    assert done.returncode == 2 and "can act in cartpole only" in done.stderr
+
+
+def test_interval_of_a_mean():
+    low, high = dreamer.interval({"episodes": 3, "return": 2.0, "return_std": np.std([1, 2, 3])})
+    # Student's t with two degrees of freedom: 4.303 standard errors of 1/sqrt(3).
+    assert abs(high - (2 + 4.3027 / np.sqrt(3))) < 1e-3 and abs(low + high - 4) < 1e-9
+    assert np.isnan(dreamer.interval({"episodes": 1, "return": 2.0, "return_std": 0.0})).all()
 
 
 def test_weights_of_a_run_start_another(trained, tmp_path):
@@ -258,7 +288,7 @@ def test_evaluation_averages_the_first_to_finish():
     try:
         agent = dreamer.make_agent(config, vec.observation_space, vec.action_space)
         metrics, frames = dreamer.evaluate(agent, vec, 3)
-        assert metrics["eval/episodes"] == 3 and metrics["eval/length"] == 10
+        assert metrics["episodes"] == 3 and metrics["length"] == 10
         assert frames.shape == (10, 64, 64, 3) and frames.dtype == np.uint8
     finally:
         vec.close()

@@ -1,0 +1,304 @@
+"""Distracting Control Suite (Stone et al., 2021) in the version of DMControl-GS: backgrounds, camera, colours.
+
+All three move slowly: they change every second frame. `distracting_cs` has all of them, `sensor_cs` only the camera.
+Difficulty scales every range. Three independent random streams, each consumed in a fixed order.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import mujoco
+import numpy as np
+from PIL import Image
+
+from envs import assets, video
+from envs.distraction import Distraction, upload_texture
+from envs.task import EnvError
+
+DOMAINS = ("ball_in_cup", "cartpole", "cheetah", "finger", "reacher", "walker")
+# difficulty -> how many DAVIS videos, from the first of the training list
+VIDEOS = {0.025: 2, 0.05: 2, 0.1: 4, 0.15: 6, 0.2: 8, 0.3: 60, 0.4: 60, 0.5: 60}
+GROUND_ALPHA = {"reacher": 0.0, "walker": 1.0, "cheetah": 1.0}  # others 0.3
+SKY = 0  # index of the sky among the textures of these domains
+SKY_EDGE = 800  # pixels
+
+# fmt: off
+# The training list of DAVIS 2017.
+DAVIS = (
+    "bear", "bmx-bumps", "boat", "boxing-fisheye", "breakdance-flare", "bus", "car-turn", "cat-girl", "classic-car",
+    "color-run", "crossing", "dance-jump", "dancing", "disc-jockey", "dog-agility", "dog-gooses", "dogs-scale",
+    "drift-turn", "drone", "elephant", "flamingo", "hike", "hockey", "horsejump-low", "kid-football", "kite-walk",
+    "koala", "lady-running", "lindy-hop", "longboard", "lucia", "mallard-fly", "mallard-water", "miami-surf",
+    "motocross-bumps", "motorbike", "night-race", "paragliding", "planes-water", "rallye", "rhino", "rollerblade",
+    "schoolgirls", "scooter-board", "scooter-gray", "sheep", "skate-park", "snowboard", "soccerball", "stroller",
+    "stunt", "surf", "swing", "tennis", "tractor-sand", "train", "tuk-tuk", "upside-down", "varanus-cage", "walking",
+)
+# fmt: on
+
+
+def check(domain: str, difficulty: float) -> None:
+    """Raises EnvError for what the benchmark does not define."""
+    if domain not in DOMAINS:
+        raise EnvError(f"distracting_cs and sensor_cs have no {domain}: there is {', '.join(DOMAINS)}")
+    if difficulty not in VIDEOS:
+        raise EnvError(f"--distracting_cs_intensity {difficulty} is not defined: use {', '.join(map(str, VIDEOS))}")
+
+
+def make_distraction(
+    mode: str, domain: str, difficulty: float, dynamic: bool, camera: int, resource_path: str, seed: int
+) -> "Together":
+    """The distraction of `distracting_cs` or `sensor_cs`. Raises EnvError where something is missing or undefined."""
+    check(domain, difficulty)
+    parts: list[Distraction] = [Camera(domain, difficulty, dynamic, camera)]
+    if mode == "distracting_cs":
+        folders = find_videos(resource_path)[: VIDEOS[difficulty]]
+        clips = [video.cached(folder, (SKY_EDGE, SKY_EDGE), decode_sky) for folder in folders]
+        parts = [Background(clips, GROUND_ALPHA.get(domain, 0.3), dynamic), *parts, Color(difficulty, dynamic)]
+    return Together(parts, seed)
+
+
+def find_videos(resource_path: str) -> list[str]:
+    """Folders of the DAVIS training videos in the order of the list, below `resource_path` or where assets are kept."""
+    root = Path(assets.find("davis", "DAVIS/JPEGImages/480p", resource_path))
+    missing = [name for name in DAVIS if not next((root / name).glob("*.jpg"), None)]
+    if missing:
+        raise EnvError(
+            f"{root} lacks {len(missing)} of {len(DAVIS)} videos ({missing[0]}): run python setup/download.py davis"
+        )
+    return [str(root / name) for name in DAVIS]
+
+
+class Together(Distraction):
+    """Several distractions, one after the other, each with a random stream of its own."""
+
+    def __init__(self, parts: Sequence[Distraction], seed: int):
+        self.parts = parts
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        for part, own in zip(self.parts, np.random.SeedSequence(seed).generate_state(len(self.parts)), strict=True):
+            part.seed(int(own))
+
+    def after_reset(self, physics) -> None:
+        for part in self.parts:
+            part.after_reset(physics)
+
+    def after_step(self, physics, last: bool) -> None:
+        for part in self.parts:
+            part.after_step(physics, last)
+
+
+class _Drifting(Distraction):
+    """Counts frames: something changes at every second one."""
+
+    def seed(self, seed: int) -> None:
+        self.rng = np.random.RandomState(seed)
+
+    def after_reset(self, physics) -> None:
+        self._frame = 0
+        self.start(physics)
+
+    def after_step(self, physics, last: bool) -> None:
+        self._frame += 1
+        if self._frame % 2 == 0:
+            self.move(physics)
+        if last:
+            self.show(physics)
+
+    def start(self, physics) -> None:
+        """Draw where the episode begins, and show it."""
+
+    def move(self, physics) -> None:
+        """One random step."""
+
+    def show(self, physics) -> None:
+        """Put the present state into the simulator, before its picture is taken."""
+
+
+class Background(_Drifting):
+    """A DAVIS video as the sky, played to and fro from a random frame. `dynamic` False: one random frame."""
+
+    def __init__(self, clips: Sequence[video.Clip], ground_alpha: float, dynamic: bool):
+        self._clips, self._ground_alpha, self._dynamic = clips, ground_alpha, dynamic
+
+    def start(self, physics) -> None:
+        physics.named.model.mat_rgba["grid", "a"] = self._ground_alpha
+        if physics.model.tex_type[SKY] != mujoco.mjtTexture.mjTEXTURE_SKYBOX:
+            raise RuntimeError("the first texture of this model is not its sky")
+        # The sky is six square faces below each other. Declared one face high, it is repeated on all six.
+        physics.model.tex_height[SKY] = SKY_EDGE
+        path, count = self._clips[self.rng.choice(len(self._clips))]
+        first, end = 0, count
+        if not self._dynamic:
+            first = self.rng.choice(count)
+            end = first + 1
+        # Mapped, not read (1.9 MB per frame): workers share the memory.
+        self._frames = np.load(path, mmap_mode="r")[first:end]
+        self._index = self.rng.choice(len(self._frames))
+        self._direction = self.rng.choice([-1, 1])
+        self._shown = None
+        self.show(physics)
+
+    def move(self, physics) -> None:
+        if not self._dynamic:
+            return
+        self._index += self._direction
+        if self._index <= 0:
+            self._index, self._direction = 0, 1
+        if self._index >= len(self._frames):
+            self._index, self._direction = len(self._frames) - 1, -1
+
+    def show(self, physics) -> None:
+        if self._shown == self._index:
+            return
+        frame = self._frames[self._index]
+        start = physics.model.tex_adr[SKY]
+        physics.model.tex_data[start : start + frame.size] = frame.reshape(-1)
+        upload_texture(physics, SKY)
+        self._shown = self._index
+
+
+def decode_sky(path: str, size: tuple[int, int]) -> list[np.ndarray]:
+    """All pictures (H, W, 3) uint8 of a folder in the order of their names, scaled bicubically."""
+    height, width = size
+    frames = []
+    for file in video.find_files("images", f"{path}/*.jpg"):
+        try:
+            with Image.open(file) as picture:
+                frames.append(np.asarray(picture.convert("RGB").resize((width, height))))
+        except OSError:
+            raise EnvError(f"{file} is damaged: get it again with python setup/download.py davis") from None
+    return frames
+
+
+class Camera(_Drifting):
+    """The camera wanders around what it looks at: on a sphere, nearer and farther, and rolling.
+
+    Positions are (radius, azimuth, polar angle) about the world's origin, or about the robot's centre of mass if the
+    camera tracks it. Angles in radians, lengths in the model's metres, velocities per change (two frames).
+    """
+
+    def __init__(self, domain: str, difficulty: float, dynamic: bool, camera: int):
+        s = difficulty
+        self._camera = camera
+        self._reach = np.array([0.0, math.pi / 2 * s, math.pi / 2 * s])  # half-range of azimuth and polar angle
+        self._zoom = 0.5 * s, 1.5 * s  # share of the radius, in and out
+        self._max_roll = math.pi / 2 * s
+        moving = s if dynamic else 0.0
+        self._speed_std, self._max_speed = 0.1 * moving, 0.4 * moving
+        self._roll_speed_std, self._max_roll_speed = math.pi / 300 * moving, math.pi / 50 * moving
+        self._upper_quadrant = domain != "reacher"
+
+    def start(self, physics) -> None:
+        # As in the benchmark, the mode of camera 0 decides, which is the one used.
+        mode = physics.model.cam_mode[0]
+        if mode not in (mujoco.mjtCamLight.mjCAMLIGHT_FIXED, mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM):
+            raise RuntimeError("only fixed cameras and those that track a centre of mass can wander")
+        self._tracks = mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
+        self._target = self._looked_at(physics)
+        radius, azimuth, polar = to_sphere(physics.data.cam_xpos[self._camera] - self._centre(physics))
+        self._scale = radius / 4.0  # most cameras are 4 metres away; nearer ones move less
+        middle = np.array([radius, azimuth, polar])
+        self._low, self._high = middle - self._reach, middle + self._reach
+        self._low[0], self._high[0] = max(radius - radius * self._zoom[0], 0.0), radius + radius * self._zoom[1]
+        if self._upper_quadrant:
+            self._low[1], self._high[1] = max(self._low[1], -math.pi), min(self._high[1], 0.0)
+            self._low[2], self._high[2] = max(self._low[2], 0.0), min(self._high[2], math.pi / 2)
+        rng = self.rng
+        azimuth = rng.uniform(self._low[1], self._high[1])
+        polar = rng.uniform(self._low[2], self._high[2])
+        radius = rng.uniform(self._low[0], self._high[0])
+        self._position = np.array([radius, azimuth, polar])
+        self._roll = rng.uniform(-self._max_roll, self._max_roll)
+        direction = rng.randn(3)
+        self._velocity = direction / np.sqrt(np.sum(direction**2)) * rng.uniform(0.0, self._max_speed)
+        self._roll_velocity = rng.uniform(-self._max_roll_speed, self._max_roll_speed)
+        self.move(physics)
+        self.show(physics)
+
+    def move(self, physics) -> None:
+        self._velocity = self._velocity + self.rng.randn(3) * self._speed_std * self._scale
+        self._roll_velocity += self.rng.randn() * self._roll_speed_std
+        speed, limit = np.sqrt(np.sum(self._velocity**2)), self._max_speed * self._scale
+        if speed > limit:
+            self._velocity = self._velocity * (limit / speed)
+        self._roll_velocity = np.clip(self._roll_velocity, -self._max_roll_speed, self._max_roll_speed)
+        # Velocities become what the limits let through.
+        before = from_sphere(self._position)
+        self._position = np.clip(to_sphere(before + self._velocity), self._low, self._high)
+        self._velocity = from_sphere(self._position) - before
+        roll = np.clip(self._roll + self._roll_velocity, -self._max_roll, self._max_roll)
+        self._roll_velocity, self._roll = roll - self._roll, roll
+
+    def show(self, physics) -> None:
+        # Each step of the simulator puts the camera back where the model has it.
+        position = from_sphere(self._position) + self._centre(physics)
+        target = self._looked_at(physics) if self._tracks else self._target
+        look = look_at_level if self._upper_quadrant else look_at
+        cos, sin = math.cos(self._roll), math.sin(self._roll)
+        roll = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+        physics.data.cam_xpos[self._camera] = position
+        physics.data.cam_xmat[self._camera] = (look(target - position) @ roll).reshape(-1)
+
+    def _centre(self, physics) -> np.ndarray:
+        return physics.data.subtree_com[1] if self._tracks else np.zeros(3)
+
+    def _looked_at(self, physics) -> np.ndarray:
+        """The point on the camera's axis as far away as the robot's centre of mass."""
+        position = physics.data.cam_xpos[self._camera]
+        distance = np.sqrt(np.sum((position - physics.data.subtree_com[1]) ** 2))
+        return position - distance * physics.data.cam_xmat[self._camera].reshape(3, 3)[:, 2]
+
+
+class Color(_Drifting):
+    """The colours of all materials wander around the original ones."""
+
+    def __init__(self, difficulty: float, dynamic: bool):
+        self._reach, self._std = difficulty, 0.03 * difficulty if dynamic else 0.0
+        self._original = None
+
+    def start(self, physics) -> None:
+        if self._original is None:
+            self._original = physics.model.mat_rgba[:, :3].copy()
+        self._low = np.clip(self._original - self._reach, 0.0, 1.0)
+        self._high = np.clip(self._original + self._reach, 0.0, 1.0)
+        self._rgb = self._low + self.rng.uniform(size=self._low.shape) * (self._high - self._low)
+        self.show(physics)
+
+    def move(self, physics) -> None:
+        self._rgb = np.clip(self._rgb + self.rng.randn(*self._rgb.shape) * self._std, self._low, self._high)
+
+    def show(self, physics) -> None:
+        physics.model.mat_rgba[:, :3] = self._rgb
+
+
+def to_sphere(point: np.ndarray) -> np.ndarray:
+    """(x, y, z) -> (radius, azimuth, polar angle from +z)."""
+    x, y, z = point
+    flat = np.sqrt(np.sum(point[:2] ** 2))
+    return np.array([np.sqrt(np.sum(point**2)), np.arctan2(y, x), np.arctan2(flat, z)])
+
+
+def from_sphere(position: np.ndarray) -> np.ndarray:
+    radius, azimuth, polar = position
+    return radius * np.array([np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth), np.cos(polar)])
+
+
+def look_at_level(direction: np.ndarray) -> np.ndarray:
+    """Rotation (3, 3) of a camera that looks along `direction` with a level horizon; unsteady when that is down."""
+    x, y, z = direction / np.sqrt(np.sum(direction**2))
+    yaw, pitch = -np.arctan2(x, y), np.arctan2(z, np.sqrt(x**2 + y**2)) + math.pi / 2
+    about_z = np.array([[np.cos(yaw), -np.sin(yaw), 0.0], [np.sin(yaw), np.cos(yaw), 0.0], [0.0, 0.0, 1.0]])
+    about_x = np.array([[1.0, 0.0, 0.0], [0.0, np.cos(pitch), -np.sin(pitch)], [0.0, np.sin(pitch), np.cos(pitch)]])
+    return about_z @ about_x
+
+
+def look_at(direction: np.ndarray) -> np.ndarray:
+    """Rotation (3, 3) of a camera that looks along `direction`, the shortest from straight down (reacher)."""
+    direction = direction / np.sqrt(np.sum(direction**2))
+    axis = np.cross([0.0, 0.0, -1.0], direction)
+    sin, cos = np.sqrt(np.sum(axis**2)), -direction[2]
+    a = axis / (sin + 1e-4)  # not quite of length 1: the benchmark's guard against a division by zero
+    cross = np.array([[0.0, -a[2], a[1]], [a[2], 0.0, -a[0]], [-a[1], a[0], 0.0]])
+    return cos * np.eye(3) + (1.0 - cos) * np.outer(a, a) + sin * cross

@@ -1,0 +1,260 @@
+"""Colours, green screen, camera and backgrounds of the DMC-GS modes, against slow definitions and real simulators."""
+
+import colorsys
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import envs
+from envs import distracting_cs, dmc_gs
+from envs.dmc import ControlSuite, check_rendering, edited_assets
+from tests.test_envs import encode
+
+MODES = ["color_easy", "color_hard", "video_easy", "video_hard", "distracting_cs", "sensor_cs"]
+LENGTHS = [6, 7, 8]  # frames of the videos
+
+
+@pytest.fixture(scope="module", autouse=True)
+def assets(tmp_path_factory):
+    """Small asset sets of the published layout: two colours per table, three videos per mode, tiny DAVIS folders."""
+    check_rendering()
+    root = tmp_path_factory.mktemp("assets")
+    rng = np.random.default_rng(0)
+    keys = ["grid_rgb1", "grid_rgb2", "self_rgb", "skybox_rgb"]
+    tables = {mode: [{k: rng.uniform(0, 1, 3).tolist() for k in keys} for _ in range(2)] for mode in dmc_gs.COLORS}
+    (root / "dmcgs").mkdir()
+    (root / "dmcgs/colors.json").write_text(json.dumps(tables))
+    for mode in dmc_gs.VIDEOS:
+        (root / "dmcgs" / mode).mkdir()
+        for i, frames in enumerate(LENGTHS):
+            encode(root / "dmcgs" / mode / f"video{i}.mp4", frames, brightness=60 * (i + 1))
+    for name in distracting_cs.DAVIS:
+        folder = root / "davis/DAVIS/JPEGImages/480p" / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            cv2.imwrite(str(folder / f"{i:05d}.jpg"), rng.integers(0, 256, (48, 85, 3), np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HRSSM_ASSETS", str(root))
+        patch.setenv("HRSSM_CACHE", str(root / "cache"))
+        yield root
+
+
+def frames(env, steps, seed=0):
+    rng = np.random.default_rng(seed)
+    result = [env.reset()[0]["image"]]
+    for _ in range(steps):
+        result.append(env.step(rng.uniform(-1, 1, env.action_space.shape))[0]["image"])
+    return np.stack(result)
+
+
+def make(task, **options):
+    return envs.make(f"dmc_{task}", **{"seed": 0, "size": (32, 32)} | options)
+
+
+# --- all modes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("task", ["walker_stand", "reacher_easy"])
+def test_modes_repeat_with_the_seed_and_differ_from_clean(task, mode):
+    def episodes(variant, seed=0):
+        env = make(f"{task}{variant}", seed=seed, time_limit=4)
+        return np.concatenate([frames(env, 4) for _ in range(2)])
+
+    shown = episodes(f"_{mode}")
+    np.testing.assert_array_equal(shown, episodes(f"_{mode}"))
+    assert (shown != episodes(f"_{mode}", seed=1)).any()
+    if (task, mode) != ("reacher_easy", "video_easy"):  # its camera sees no sky: the mode is the clean task there
+        assert (shown != episodes("")).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_environments_in_one_process_do_not_influence_each_other(mode):
+    alone = frames(make(f"cartpole_balance_{mode}"), 4)
+    one, other = make(f"cartpole_balance_{mode}"), make("cartpole_balance_distracting_cs", distracting_cs_intensity=0.5)
+    rng = np.random.default_rng(0)
+    other.reset()
+    together = [one.reset()[0]["image"]]
+    for _ in range(4):
+        other.step(other.action_space.sample())
+        together.append(one.step(rng.uniform(-1, 1, 1))[0]["image"])
+    np.testing.assert_array_equal(np.stack(together), alone)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_missing_assets_name_the_command_that_gets_them(mode, monkeypatch, tmp_path):
+    monkeypatch.setenv("HRSSM_ASSETS", str(tmp_path))
+    monkeypatch.setattr("envs.assets.CACHE", str(tmp_path))
+    if mode == "sensor_cs":
+        make("walker_stand_sensor_cs")  # needs none
+        return
+    with pytest.raises(envs.EnvError, match="python setup/download.py (dmcgs|davis)"):
+        envs.prepare(f"dmc_walker_stand_{mode}", ds_resource_path=str(tmp_path))
+
+
+# --- colours --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "domain, name", [("walker", "stand"), ("cartpole", "two_poles"), ("finger", "spin"), ("fish", "swim")]
+)
+def test_colours_are_those_of_a_simulator_loaded_with_them(domain, name):
+    settings = {
+        "grid_rgb1": [0.1, 0.5, 0.2],
+        "grid_rgb2": [0.9, 0, 0.4],
+        "self_rgb": [0, 0.3, 1],
+        "skybox_rgb": [1, 0, 0],
+    }
+    env = ControlSuite(domain, name, distraction=dmc_gs.Colors([settings], seed=0))
+    env.reset()
+    image = env.step(np.zeros(env.action_space.shape))[0]["image"]
+    with edited_assets(dmc_gs.look(settings)):
+        loaded = ControlSuite(domain, name)
+    loaded.reset()
+    np.testing.assert_array_equal(image, loaded.step(np.zeros(env.action_space.shape))[0]["image"])
+
+
+def test_every_row_of_the_table_is_drawn():
+    env = make("walker_stand_color_hard", time_limit=1)
+    first = {env.reset()[0]["image"][0, 0].tobytes() for _ in range(12)}
+    assert len(first) == 2
+
+
+# --- green screen ---------------------------------------------------------------------------------------------------
+
+
+def is_green(red, green, blue):
+    hue, saturation, value = colorsys.rgb_to_hsv(red / 255.0, green / 255.0, blue / 255.0)
+    return 100 <= hue * 360 <= 185 and 80 <= saturation * 255 <= 255 and 70 <= value * 255 <= 255
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_green_pixels_are_those_of_the_definition(seed):
+    rng = np.random.default_rng(seed)
+    # Around green, where the borders are, and anywhere.
+    near = rng.integers([0, 60, 0], [120, 256, 230], (40, 50, 3))
+    image = np.concatenate([near, rng.integers(0, 256, (10, 50, 3))]).astype(np.uint8)
+    expected = [[is_green(*map(int, pixel)) for pixel in row] for row in image]
+    np.testing.assert_array_equal(dmc_gs.is_green(image), expected)
+
+
+def test_green_of_known_colours():
+    image = np.array([[[51, 204, 51], [102, 153, 204], [128, 128, 128], [0, 0, 0]]], np.uint8)
+    assert dmc_gs.is_green(image).tolist() == [[True, False, False, False]]
+
+
+def test_videos_advance_as_in_the_benchmark():
+    """Episode k shows video k+1 modulo their number; step t frame t modulo its length, from 0 at the reset."""
+    clips = dmc_gs.find_clips("video_hard", (32, 32))
+    screen, green = dmc_gs.GreenScreen(clips), np.full((32, 32, 3), (51, 204, 51), np.uint8)
+    for video in [1, 2, 0, 1]:
+        screen.before_reset(None)
+        stored = np.load(clips[video][0])
+        for t in range(LENGTHS[video] + 2):
+            np.testing.assert_array_equal(screen.paint(green, t == 0), stored[t % LENGTHS[video]])
+
+
+@pytest.mark.parametrize("edge", [352, 480, 218, 100, 64])
+@pytest.mark.parametrize("size", [(64, 64), (32, 64)])
+def test_frames_are_scaled_as_torch_does(edge, size):
+    frame = np.random.default_rng(edge).integers(0, 256, (edge, edge, 3), np.uint8)
+    x = torch.from_numpy(frame).permute(2, 0, 1).contiguous().float()[None] / 255.0
+    x = torch.nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    expected = (x * 255.0).byte()[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(dmc_gs.shrink(frame, size), expected)
+
+
+def test_videos_are_sorted_by_number(assets, tmp_path, monkeypatch):
+    for i in [10, 2, 1]:
+        encode_to = tmp_path / "dmcgs/video_hard"
+        encode_to.mkdir(parents=True, exist_ok=True)
+        encode(encode_to / f"video{i}.mp4", i)
+    monkeypatch.setenv("HRSSM_ASSETS", str(tmp_path))
+    assert [count for _, count in dmc_gs.find_clips("video_hard", (16, 16))] == [1, 2, 10]
+
+
+# --- distracting suite ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 3])
+@pytest.mark.parametrize("task", ["walker_stand", "reacher_easy"])
+def test_the_camera_never_jumps_back(task, repeat):
+    """Also with an odd action repeat, where the benchmark's own code shows the plain camera every other time."""
+    shaken = frames(make(f"{task}_sensor_cs", action_repeat=repeat, distracting_cs_intensity=0.5), 5)
+    plain = frames(make(task, action_repeat=repeat), 5)
+    assert all((a != b).mean() > 0.2 for a, b in zip(shaken, plain, strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_camera_moves_within_its_limits_or_not_at_all(dynamic):
+    env = make("cartpole_balance_sensor_cs", distracting_cs_intensity=0.2, distracting_cs_dynamic=dynamic).unwrapped
+    camera = env._distraction.parts[0]
+    env.reset()
+    positions = []
+    for _ in range(200):
+        camera.after_step(env._env.physics, True)
+        positions.append(camera._position.copy())
+        assert abs(camera._roll) <= np.pi / 2 * 0.2 + 1e-12
+    positions = np.stack(positions)
+    assert (positions >= camera._low - 1e-9).all() and (positions <= camera._high + 1e-9).all()
+    assert (np.ptp(positions, 0) > 1e-3).all() == dynamic
+    assert (np.ptp(positions, 0) < 1e-9).all() != dynamic
+
+
+@pytest.mark.parametrize("look", [distracting_cs.look_at_level, distracting_cs.look_at])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_camera_looks_where_it_should(look, seed):
+    direction = np.random.default_rng(seed).normal(size=3)
+    rotation = look(direction)
+    tolerance = 1e-9 if look is distracting_cs.look_at_level else 1e-2  # its axis is not quite of length 1
+    np.testing.assert_allclose(rotation @ [0, 0, -1], direction / np.linalg.norm(direction), atol=tolerance)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=2 * tolerance)
+
+
+def test_spherical_coordinates_are_inverted():
+    points = np.random.default_rng(0).normal(size=(20, 3))
+    for point in points:
+        np.testing.assert_allclose(distracting_cs.from_sphere(distracting_cs.to_sphere(point)), point, atol=1e-12)
+
+
+def test_the_background_plays_to_and_fro():
+    env = make("cheetah_run_distracting_cs", action_repeat=2).unwrapped
+    background = env._distraction.parts[0]
+    env.reset()
+    indices = []
+    for _ in range(12):
+        env.step(np.zeros(6))
+        indices.append(int(background._index))
+    assert set(indices) == {0, 1, 2}
+    assert all(abs(a - b) <= 1 for a, b in zip(indices, indices[1:], strict=False))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_colours_of_materials_stay_near_their_own(dynamic):
+    env = make("finger_spin_distracting_cs", distracting_cs_intensity=0.3, distracting_cs_dynamic=dynamic).unwrapped
+    model = env._env.physics.model
+    original = model.mat_rgba[:, :3].copy()
+    env.reset()
+    seen = [model.mat_rgba[:, :3].copy()]
+    for _ in range(10):
+        env.step(np.zeros(2))
+        seen.append(model.mat_rgba[:, :3].copy())
+    assert np.abs(np.stack(seen) - original).max() <= 0.3 + 1e-6
+    assert (np.ptp(np.stack(seen), 0) > 0).any() == dynamic
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("hopper_hop_sensor_cs", {}, "there is ball_in_cup"),
+        ("walker_stand_sensor_cs", {"distracting_cs_intensity": 0.12}, "use 0.025"),
+    ],
+)
+def test_what_the_benchmark_does_not_define_is_refused(task, options, message):
+    with pytest.raises(envs.EnvError, match=message):
+        envs.prepare(f"dmc_{task}", **options)
