@@ -129,7 +129,6 @@ def unpack(archive: Path, folder: Path, wanted: Iterable[str]) -> None:
 def get_dmcgs(folder: Path, source: str | None) -> None:
     files = json.loads((Path(__file__).parent / "dmcgs.json").read_text())
     base = source or DMCGS_URL
-    (folder / assets.GENERATED).unlink(missing_ok=True)
     missing = []
     for name, blob in tqdm(files.items(), desc="dmcgs", disable=None):
         try:
@@ -143,6 +142,7 @@ def get_dmcgs(folder: Path, source: str | None) -> None:
         print(f"{base} lacks {len(missing)} videos: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")
     tables = {mode: read_colors(folder / f"{mode}.pt") for mode in ("color_easy", "color_hard")}
     write_text(folder / "colors.json", json.dumps(tables))
+    (folder / assets.GENERATED).unlink(missing_ok=True)  # only now are no stand-ins left
 
 
 def read_colors(path: Path) -> list[dict[str, list[float]]]:
@@ -273,18 +273,10 @@ def random_colors(rng: np.random.Generator, spread: float) -> list[dict[str, lis
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    import av
+    import tools  # imports torch, which the other sets do without
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.mp4")
-    with av.open(str(part), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    part.replace(path)
+    tools.save_mp4(path, frames, 25)
 
 
 def write_text(path: Path, text: str) -> None:
