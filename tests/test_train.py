@@ -244,7 +244,7 @@ def test_logdir_missing(capsys):
 def test_logdir_of_another_config(trained, capsys):
     before = (trained / "config.json").read_bytes()
     code = dreamer.main(command(trained, "--mbr_scale", "2")[2:])
-    assert_one_line_error(code, capsys.readouterr().err, "mbr_scale was 1.0, now 2.0")
+    assert_one_line_error(code, capsys.readouterr().err, "mbr_scale was 0.1, now 2.0")
     assert (trained / "config.json").read_bytes() == before
 
 
