@@ -82,7 +82,7 @@ def _fetch_url(url: str, part: Path) -> None:
         size = int(reply.headers["Content-Length"]) + have if "Content-Length" in reply.headers else None
         bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
         with part.open("ab" if resumed else "wb") as file, bar:
-            for chunk in reply.iter_content(1 << 20):
+            for chunk in reply.iter_content(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
         if size is not None and part.stat().st_size != size:
@@ -209,7 +209,7 @@ def get_demo(folder: Path, source: str | None) -> None:
         target = assets.root() / "dmcgs"
         for mode in ("video_easy", "video_hard"):
             for i in range(4):
-                write_video(target / mode / f"video{i}.mp4", landscape(rng, 100, 192))
+                write_video(target / mode / f"video{i}.mp4", landscape(rng, 100))
         tables = {"color_easy": random_colors(rng, 0.1), "color_hard": random_colors(rng, 0.2)}
         write_text(target / "colors.json", json.dumps(tables))
         write_text(target / assets.GENERATED, "")
@@ -217,16 +217,16 @@ def get_demo(folder: Path, source: str | None) -> None:
         for name in DAVIS:
             video_folder = assets.root() / "davis/DAVIS/JPEGImages/480p" / name
             video_folder.mkdir(parents=True, exist_ok=True)
-            for t, frame in enumerate(landscape(rng, 6, 192)):
+            for t, frame in enumerate(landscape(rng, 6)):
                 cv2.imwrite(str(video_folder / f"{t:05d}.jpg"), frame[..., ::-1])
         write_text(assets.root() / "davis" / assets.GENERATED, "")
     for i in range(4):
-        write_video(folder / f"clip{i}.mp4", landscape(rng, 250, 192))
+        write_video(folder / f"clip{i}.mp4", landscape(rng, 250))
     write_text(folder / assets.GENERATED, "")
     print(f"for dmc_*_video tasks pass --resource_files '{folder}/*.mp4'")
 
 
-def landscape(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
+def landscape(rng: np.random.Generator, frames: int, size: int = 128) -> np.ndarray:
     """Moving pictures (T, H, W, 3) uint8 with the spectrum of natural ones: a camera drifts over two layers."""
     edge = 2 * size
     frequency = np.hypot(np.fft.fftfreq(edge)[:, None], np.fft.rfftfreq(edge)[None, :])
