@@ -13,9 +13,7 @@ from envs.dmc import ControlSuite, check_rendering
 from tests import upstream_envs
 
 ROOT = os.environ.get("HRSSM_UPSTREAM")
-pytestmark = pytest.mark.skipif(
-    not ROOT, reason="set HRSSM_UPSTREAM to a checkout of upstream (and pip install xmltodict)"
-)
+pytestmark = pytest.mark.skipif(not ROOT, reason="set HRSSM_UPSTREAM to a checkout of upstream, pip install xmltodict")
 TASKS = [("walker", "stand"), ("cartpole", "balance"), ("cheetah", "run"), ("finger", "spin"), ("reacher", "easy")]
 TASKS += [("ball_in_cup", "catch"), ("hopper", "hop")]
 SEED, STEPS, EPISODES = 3, 6, 3
