@@ -3,7 +3,10 @@
     python setup/download.py dmcgs                  colours and videos of the dmc_*_{color,video}_{easy,hard} tasks
     python setup/download.py davis                  backgrounds of the dmc_*_distracting_cs tasks
     python setup/download.py kinetics --from DIR    clips for dmc_*_video tasks, out of a local copy of Kinetics-400
+    python setup/download.py matterport --from DIR  rooms (*.glb) of the rms_* tasks, out of a local folder
+    python setup/download.py maniskill              models that turn_faucet, assembling_kits, panda_avoid_obstacles need
     python setup/download.py demo                   makes stand-ins for all of these, to try things out; no download
+                                                    (but none for the models of maniskill)
 
 A broken download goes on where it stopped. Every file is checked before it takes its place.
 """
@@ -15,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -28,6 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from envs import assets  # noqa: E402
 from envs.distracting_cs import DAVIS  # noqa: E402
+from envs.realistic_maniskill import MODELS  # noqa: E402
 
 DMCGS_URL = "https://raw.githubusercontent.com/nicklashansen/dmcontrol-generalization-benchmark/main/src/env/data"
 DAVIS_URL = "https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip"
@@ -35,6 +40,8 @@ LICENCES = {
     "dmcgs": "DMControl Generalization Benchmark: MIT licence; its videos are from PAD and RealEstate10K (YouTube)",
     "davis": "DAVIS 2017: see the terms at davischallenge.org; cite Pont-Tuset et al., 2017",
     "kinetics": "Kinetics-400: annotations by DeepMind, CC BY 4.0; the clips belong to their YouTube authors",
+    "matterport": "Matterport3D: academic use under its own terms; the RePo authors' README links the rooms as .glb",
+    "maniskill": "ManiSkill2 assets: CC BY-NC 4.0, with parts of PartNet-Mobility and the Kit Assembly data set",
     "demo": "generated here, free to use; looks like nothing published, so results on it compare with nothing",
 }
 TIMEOUT = 30  # seconds without a byte
@@ -200,6 +207,39 @@ def driving_car(root: Path) -> list[Path]:
     return sorted(clips)
 
 
+def get_matterport(folder: Path, source: str | None) -> None:
+    if not source:
+        raise DownloadError(
+            "get the rooms by the link in github.com/zchuning/repo first; then: python setup/download.py matterport "
+            "--from DIR"
+        )
+    rooms = sorted(Path(source).rglob("*.glb"))
+    if not rooms:
+        raise DownloadError(f"{source} holds no *.glb: give the folder of the rooms")
+    for room in tqdm(rooms, desc="matterport", disable=None):
+        fetch(str(room), folder / room.name)
+    for stand_in in folder.glob("generated*.glb"):
+        stand_in.unlink()
+    (folder / assets.GENERATED).unlink(missing_ok=True)
+
+
+def get_maniskill(folder: Path, source: str | None) -> None:
+    """ManiSkill2's own downloader, which checks hashes; `source` is a folder with the same layout as its result."""
+    if source:
+        try:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        except FileNotFoundError:
+            raise DownloadError(f"{source} does not exist: check --from") from None
+    else:
+        for uid in ("partnet_mobility/5021", "assembling_kits", "panda_avoid_obstacles"):
+            command = [sys.executable, "-m", "mani_skill2.utils.download_asset", uid]
+            if subprocess.run(command, env=os.environ | {"MS2_ASSET_DIR": str(folder)}).returncode:
+                raise DownloadError(f"ManiSkill2's downloader failed for {uid}: see above, then run the command again")
+    lacking = [model for model in MODELS.values() if model and not (folder / model).exists()]
+    if lacking:
+        raise DownloadError(f"{source or 'the download'} lacks {', '.join(lacking)}")
+
+
 def get_demo(folder: Path, source: str | None) -> None:
     """Stand-ins for every set that is not here: drifting landscapes with moving blobs, and random colours."""
     import cv2
@@ -220,6 +260,10 @@ def get_demo(folder: Path, source: str | None) -> None:
             for t, frame in enumerate(landscape(rng, 6, 192)):
                 cv2.imwrite(str(video_folder / f"{t:05d}.jpg"), frame[..., ::-1])
         write_text(assets.root() / "davis" / assets.GENERATED, "")
+    if not any((assets.root() / "matterport").glob("*.glb")):
+        for i in range(4):
+            write_room(assets.root() / f"matterport/generated{i}.glb", rng)
+        write_text(assets.root() / "matterport" / assets.GENERATED, "")
     for i in range(4):
         write_video(folder / f"clip{i}.mp4", landscape(rng, 250, 192))
     write_text(folder / assets.GENERATED, "")
@@ -255,6 +299,43 @@ def landscape(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
     return result
 
 
+def write_room(path: Path, rng: np.random.Generator) -> None:
+    """A furnished room of 6 x 5 x 2.8 m as .glb, its z axis up, its floor at 0 and its middle at the origin."""
+    import trimesh
+    from PIL import Image
+
+    half = np.array([3.0, 2.5, 1.4])
+    parts = [face for face in _box(np.array([0.0, 0.0, 1.4]), -half)]  # negative: seen from inside
+    for _ in range(10):
+        size = rng.uniform([0.2, 0.2, 0.2], [0.6, 0.6, 0.9])
+        middle = rng.uniform(-1, 1, 3) * (half - size)
+        wall = rng.integers(2)
+        middle[wall] = np.copysign(half - size, middle)[wall]
+        parts += _box(np.array([*middle[:2], size[2]]), size)
+    room = trimesh.Scene()
+    for corners in parts:
+        picture = Image.fromarray(landscape(rng, 1, 64)[0])
+        material = trimesh.visual.material.PBRMaterial(
+            baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=0.9, doubleSided=True
+        )
+        visual = trimesh.visual.TextureVisuals(uv=[(0, 0), (1, 0), (1, 1), (0, 1)], material=material)
+        room.add_geometry(trimesh.Trimesh(corners, [(0, 1, 2), (0, 2, 3)], visual=visual, process=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    room.export(path)
+
+
+def _box(middle: np.ndarray, half: np.ndarray) -> list[np.ndarray]:
+    """Corners (4, 3) of the six faces, counter-clockwise as seen from outside (from inside if `half` is negative)."""
+    faces = []
+    for axis in range(3):
+        for sign in (-1, 1):
+            first, second = np.eye(3)[[(axis + 1) % 3, (axis + 2) % 3]] * half
+            normal = np.eye(3)[axis] * sign * half
+            turn = [(-1, -1), (1, -1), (1, 1), (-1, 1)][::sign]
+            faces.append(np.array([middle + normal + a * first + b * second for a, b in turn]))
+    return faces
+
+
 def random_colors(rng: np.random.Generator, spread: float) -> list[dict[str, list[float]]]:
     """Colours made as the published tables seem to be: those of the suite with Gaussian noise."""
     rows = []
@@ -286,7 +367,14 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
-SETS = {"dmcgs": get_dmcgs, "davis": get_davis, "kinetics": get_kinetics, "demo": get_demo}
+SETS = {
+    "dmcgs": get_dmcgs,
+    "davis": get_davis,
+    "kinetics": get_kinetics,
+    "matterport": get_matterport,
+    "maniskill": get_maniskill,
+    "demo": get_demo,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
