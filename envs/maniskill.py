@@ -83,9 +83,9 @@ def prepare(
 class ManiSkill(gymnasium.Env):
     """An environment of mani_skill2 that never terminates: a solved task goes on paying until the time limit.
 
-    Observation, by `keys`: `image` uint8 (H, W, 3) and `depth` float32 (H, W, 1) in metres from the first camera, `state`
-    float32 (n,). Action: Box [-1, 1], clipped. Reward: the dense one, summed over `action_repeat` control steps of 50 ms.
-    `info["success"]`: whether the task is solved now. `render` gives a larger picture.
+    Observation, by `keys`: `image` uint8 (H, W, 3) and `depth` float32 (H, W, 1) in metres from the first camera,
+    `state` float32 (n,). Action: Box [-1, 1], clipped. Reward: the dense one, summed over `action_repeat` control steps
+    of 50 ms. `info["success"]`: whether the task is solved now. `render` gives a larger picture.
 
     Every reset builds the scene anew, from its own seed, before one of the files `scenes`, if there are any.
     """
@@ -183,9 +183,13 @@ def import_mani_skill() -> None:
     """Import mani_skill2 without its soft-body tasks and with model files where `setup/download.py` puts them."""
     sys.modules.setdefault("mani_skill2.envs.mpm", types.ModuleType("mani_skill2.envs.mpm"))
     os.environ.setdefault("MS2_ASSET_DIR", str(assets.root() / "maniskill"))
+    os.environ.setdefault("MS2_RENDERER_LOG_LEVEL", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pkg_resources, which sapien uses, is deprecated
         import mani_skill2.envs  # noqa: F401
+        import sapien.core
+
+    sapien.core.SapienRenderer.set_log_level("critical")  # it complains that there is no screen
 
 
 @functools.cache
@@ -202,7 +206,7 @@ def check_simulator() -> str:
         )
     if missing := [name for name in ("mani_skill2", "sapien") if importlib.util.find_spec(name) is None]:
         raise EnvError(
-            f"{' and '.join(missing)} not installed: remove .venv, then run setup/run.sh again (x86-64 Linux)"
+            f"{' and '.join(missing)} not installed (there is a wheel for x86-64 Linux): remove .venv, then setup/run.sh"
         )
     _choose_vulkan()
     attempt = subprocess.run([sys.executable, "-W", "ignore", "-c", MAKE_RENDERER], capture_output=True, text=True)
@@ -212,7 +216,8 @@ def check_simulator() -> str:
         reason = (output.strip().splitlines() or ["no output"])[-1]
         reason = f"exit status {attempt.returncode}" if attempt.returncode < 0 else reason
         raise EnvError(
-            f"SAPIEN finds no Vulkan device ({reason}): run setup/vulkan/install.sh, or install a GPU driver"
+            f"SAPIEN finds no Vulkan device ({reason}): run setup/vulkan/install.sh, which sets one up on the CPU, or "
+            "install the GPU's driver (in NVIDIA's containers, NVIDIA_DRIVER_CAPABILITIES=all)"
         )
     return re.search(rf"^ *{picked[1]} +(.+?)(?: +\d+){{3}}", output, re.M)[1]
 

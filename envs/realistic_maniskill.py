@@ -91,8 +91,8 @@ def find_scenes(pattern: str) -> list[str]:
 def cube_reward(task: str, cube: np.ndarray, tcp: np.ndarray, fingers: float, grasped: bool) -> float:
     """Reward of the cube tasks; cube and tool centre (3,) and the distance between the fingers in metres.
 
-    1 for reaching, 0.5 for closing the gripper around the cube, and for a grasped cube 5 for the way to the goal (push),
-    its height (lift), or its height and then its place (pick). Numbers from the public code of RePo and HRSSM.
+    1 for reaching, 0.5 for closing the gripper around the cube, and for a grasped cube 5 for the way to the goal
+    (push), its height (lift), or its height and then its place (pick). Numbers from the public code of RePo and HRSSM.
     """
     goal, start, base = np.array(GOALS[task]), np.array(CUBE), np.array(BASE)
     distance = np.linalg.norm(cube - tcp)

@@ -305,7 +305,7 @@ def write_room(path: Path, rng: np.random.Generator) -> None:
     from PIL import Image
 
     half = np.array([3.0, 2.5, 1.4])
-    parts = [face for face in _box(np.array([0.0, 0.0, 1.4]), -half)]  # negative: seen from inside
+    parts = _box(np.array([0.0, 0.0, 1.4]), -half)  # negative: seen from inside
     for _ in range(10):
         size = rng.uniform([0.2, 0.2, 0.2], [0.6, 0.6, 0.9])
         middle = rng.uniform(-1, 1, 3) * (half - size)
@@ -314,7 +314,8 @@ def write_room(path: Path, rng: np.random.Generator) -> None:
         parts += _box(np.array([*middle[:2], size[2]]), size)
     room = trimesh.Scene()
     for corners in parts:
-        picture = Image.fromarray(landscape(rng, 1, 64)[0])
+        paint, pattern = rng.uniform(60, 220, 3), landscape(rng, 1, 64)[0]
+        picture = Image.fromarray((0.75 * paint + 0.25 * pattern).astype(np.uint8))
         material = trimesh.visual.material.PBRMaterial(
             baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=0.9, doubleSided=True
         )
