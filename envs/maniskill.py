@@ -206,7 +206,7 @@ def check_simulator() -> str:
         )
     if missing := [name for name in ("mani_skill2", "sapien") if importlib.util.find_spec(name) is None]:
         raise EnvError(
-            f"{' and '.join(missing)} not installed (there is a wheel for x86-64 Linux): remove .venv, then setup/run.sh"
+            f"{' and '.join(missing)} not installed (x86-64 Linux only): remove .venv, then run setup/run.sh again"
         )
     _choose_vulkan()
     attempt = subprocess.run([sys.executable, "-W", "ignore", "-c", MAKE_RENDERER], capture_output=True, text=True)
