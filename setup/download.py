@@ -156,7 +156,7 @@ def read_colors(path: Path) -> list[dict[str, list[float]]]:
     """A published colour table. It is a pickle of numpy arrays: read with nothing else allowed in it."""
     import torch
 
-    allowed = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+    allowed = [np.array(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.Float64DType]
     with torch.serialization.safe_globals([*allowed, (allowed[0], "numpy.core.multiarray._reconstruct")]):
         return [{k: v.tolist() for k, v in row.items()} for row in torch.load(path, weights_only=True)]
 

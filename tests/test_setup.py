@@ -12,7 +12,7 @@ import pytest
 from setup import doctor
 
 SETUP = Path(__file__).resolve().parents[1] / "setup"
-SCRIPTS = [*sorted(SETUP.glob("*.sh")), SETUP.parent / ".ci" / "run"]
+SCRIPTS = [*sorted(SETUP.rglob("*.sh")), SETUP.parent / ".ci" / "run"]
 
 
 def run(*command, **environ):
@@ -123,4 +123,4 @@ def test_doctor_tells_what_fails(monkeypatch, capsys):
     assert doctor.main() == 1
     rendering, packages = capsys.readouterr().out.splitlines()
     assert rendering.startswith("FAIL  rendering with nonsense: ") and "setup/install.sh" in rendering
-    assert packages.startswith("FAIL") and "numpy is 1.0, not 2" in packages
+    assert packages.startswith("FAIL") and "numpy is 1.0, not " in packages
