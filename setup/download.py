@@ -305,22 +305,25 @@ def write_room(path: Path, rng: np.random.Generator) -> None:
     from PIL import Image
 
     half = np.array([3.0, 2.5, 1.4])
-    parts = _box(np.array([0.0, 0.0, 1.4]), -half)  # negative: seen from inside
+    parts = [[face] for face in _box(np.array([0.0, 0.0, 1.4]), -half)]  # negative: seen from inside
     for _ in range(10):
         size = rng.uniform([0.2, 0.2, 0.2], [0.6, 0.6, 0.9])
         middle = rng.uniform(-1, 1, 3) * (half - size)
         wall = rng.integers(2)
         middle[wall] = np.copysign(half - size, middle)[wall]
-        parts += _box(np.array([*middle[:2], size[2]]), size)
+        parts.append(_box(np.array([*middle[:2], size[2]]), size))
     room = trimesh.Scene()
-    for corners in parts:
+    for faces in parts:
         paint, pattern = rng.uniform(60, 220, 3), landscape(rng, 1, 64)[0]
         picture = Image.fromarray((0.75 * paint + 0.25 * pattern).astype(np.uint8))
         material = trimesh.visual.material.PBRMaterial(
             baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=0.9, doubleSided=True
         )
-        visual = trimesh.visual.TextureVisuals(uv=[(0, 0), (1, 0), (1, 1), (0, 1)], material=material)
-        room.add_geometry(trimesh.Trimesh(corners, [(0, 1, 2), (0, 2, 3)], visual=visual, process=False))
+        corners, first = np.concatenate(faces), 4 * np.arange(len(faces))[:, None, None]
+        triangles = (first + [(0, 1, 2), (0, 2, 3)]).reshape(-1, 3)
+        uv = np.tile([(0, 0), (1, 0), (1, 1), (0, 1)], (len(faces), 1))
+        visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+        room.add_geometry(trimesh.Trimesh(corners, triangles, visual=visual, process=False))
     path.parent.mkdir(parents=True, exist_ok=True)
     room.export(path)
 
