@@ -31,7 +31,7 @@ find_python() {
 
 # The repository path is part of it because a virtual environment cannot be moved.
 fingerprint() {
-  { echo "$root" && cat "$setup"/requirements*.txt "$setup/constraints.txt" "$setup"/vulkan/* 2>/dev/null; } | sha256sum
+  { echo "$root" && cat "$setup"/requirements*.txt "$setup/constraints.txt"; } | sha256sum
 }
 
 current() {
