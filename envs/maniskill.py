@@ -103,17 +103,9 @@ class ManiSkill(gymnasium.Env):
         scene_seed: int = 0,
         scenes: Sequence[str] = (),
     ):
-        """`build()` makes the environment of mani_skill2.
-
-        Raises:
-            EnvError: it lacks model files, which the message says how to get.
-        """
+        """`build()` makes the environment of mani_skill2; it may raise EnvError."""
         import_mani_skill()
-        try:
-            self._env = build()
-        except FileNotFoundError as error:
-            folder = os.environ["MS2_ASSET_DIR"]
-            raise EnvError(f"{' '.join(str(error).split())} (with MS2_ASSET_DIR={folder})") from None
+        self._env = build()
         self._keys, self._scenes, self._action_repeat = keys, scenes, action_repeat
         self._seed(task_seed, scene_seed)
         self._running = False
@@ -237,9 +229,15 @@ def _choose_vulkan() -> None:
 def _build(env_id: str, size: tuple[int, int], camera: bool):
     from mani_skill2.utils.registration import REGISTERED_ENVS
 
-    return REGISTERED_ENVS[env_id].make(
-        obs_mode="none" if camera else "state",
-        reward_mode="dense",
-        control_mode=None if env_id.endswith("-v1") else CONTROL,  # v1: mobile robots, which have modes of their own
-        camera_cfgs={"height": size[0], "width": size[1]},
-    )
+    try:
+        return REGISTERED_ENVS[env_id].make(
+            obs_mode="none" if camera else "state",
+            reward_mode="dense",
+            control_mode=None
+            if env_id.endswith("-v1")
+            else CONTROL,  # v1: mobile robots, which have modes of their own
+            camera_cfgs={"height": size[0], "width": size[1]},
+        )
+    except FileNotFoundError:
+        download = f"MS2_ASSET_DIR={os.environ['MS2_ASSET_DIR']} python -m mani_skill2.utils.download_asset {env_id}"
+        raise EnvError(f"{env_id} needs model files, get them with {download}") from None

@@ -61,11 +61,11 @@ def simulator(env):
 
 
 def grasp_and_lift(t: int) -> np.ndarray:
-    """Close the gripper, then move up and a little aside, in the hand's frame (its z axis points down)."""
+    """Close the gripper, then move up, in the hand's frame (its z axis points down)."""
     action = np.zeros(7, np.float32)
     action[6] = -1.0
     if t >= 6:
-        action[:3] = 0.05 * math.sin(t), 0.2, -0.35
+        action[:3] = 0.05 * math.sin(t), 0.0, -0.35
     return action
 
 
@@ -128,7 +128,7 @@ def test_rewards_are_those_of_the_formula_on_recorded_states(make, task):
         rewards.append(reward)
     # Near, grasped and away again; lifting pays in two tasks, and at the goal's height pick_cube pays for the place.
     assert min(rewards) < 0.9
-    assert max(rewards) > {"push_cube": 1.85, "lift_cube": 6.4, "pick_cube": 6.5}[task]
+    assert max(rewards) > {"push_cube": 1.85, "lift_cube": 5.9, "pick_cube": 7.0}[task]
 
 
 def test_every_term_of_the_reward():
@@ -296,7 +296,10 @@ def test_missing_models(make, task):
 
 
 def test_missing_models_of_a_plain_task(make):
-    one_line("download_asset ycb.* MS2_ASSET_DIR=", lambda: make("ms_pick_single_ycb"))
+    one_line(
+        "MS2_ASSET_DIR=.* python -m mani_skill2.utils.download_asset PickSingleYCB-v0",
+        lambda: make("ms_pick_single_ycb"),
+    )
 
 
 def test_missing_scenes(make):
