@@ -205,7 +205,9 @@ def check_simulator() -> str:
     output = attempt.stdout + attempt.stderr
     picked = re.search(r"Vulkan picked device: (\d+)", output)
     if attempt.returncode != 0 or not picked:
-        reason = (output.strip().splitlines() or ["no output"])[-1]
+        # Without any driver SAPIEN only complains, in its log.
+        lines = [re.sub(r"^(\[.*?\] *)+", "", line) for line in output.splitlines() if line and "[info]" not in line]
+        reason = (lines or ["no output"])[-1].rstrip(".")
         reason = f"exit status {attempt.returncode}" if attempt.returncode < 0 else reason
         raise EnvError(
             f"SAPIEN finds no Vulkan device ({reason}): run setup/vulkan/install.sh, which sets one up on the CPU, or "
