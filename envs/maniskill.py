@@ -213,7 +213,8 @@ def check_simulator() -> str:
             f"SAPIEN finds no Vulkan device ({reason}): run setup/vulkan/install.sh, which sets one up on the CPU, or "
             "install the GPU's driver (in NVIDIA's containers, NVIDIA_DRIVER_CAPABILITIES=all)"
         )
-    return re.search(rf"^ *{picked[1]} +(.+?)(?: +\d+){{3}}", output, re.M)[1]
+    row = re.search(rf"^ *{picked[1]} +(.+?)(?: {{2,}}\d+){{2}}", output, re.M)
+    return row[1] if row else f"device {picked[1]}"
 
 
 def _choose_vulkan() -> None:
