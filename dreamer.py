@@ -448,6 +448,7 @@ def env_options(config) -> dict:
         "ds_resource_path": config.ds_resource_path,
         "distracting_cs_intensity": config.distracting_cs_intensity,
         "distracting_cs_dynamic": config.distracting_cs_dynamic,
+        "scene_files": config.scene_files,
     }
 
 
@@ -520,7 +521,9 @@ def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: Fals
         if done.any():
             obs = vec.reset(done)
             score[done], length[done] = 0.0, 0
-        if recording and "image" in obs:
+        if recording and vec.render_mode == "rgb_array":
+            frames.append(vec.render(0))
+        elif recording and "image" in obs:
             frames.append(obs["image"][0])
         action, carry = agent.policy(obs, carry, training=False)
         obs, reward, done, info = vec.step(env_action(agent, action))

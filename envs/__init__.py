@@ -3,8 +3,7 @@
 A suite is a module with two functions, imported on first use:
 
     parse(rest: str) -> (domain, name, variant)    # `rest` is the task string after the suite; raises EnvError
-    prepare(task: Task, *, size, action_repeat, seed, start, task_seed, resource_files, img_source, total_frames,
-            ds_resource_path, distracting_cs_intensity, distracting_cs_dynamic)
+    prepare(task: Task, *, size, action_repeat, seed, start, task_seed, **options)  # the options of `prepare` below
         -> Callable[[], gymnasium.Env]             # checks everything first; the result is picklable
 
 The environment is a stock `gymnasium.Env` with a Dict observation space (key `image`: uint8 (H, W, 3)). To add a
@@ -25,7 +24,7 @@ from envs.vector import Vector
 
 __all__ = ["EnvError", "Task", "Vector", "make", "make_vector", "parse_task", "prepare"]
 
-SUITES = {"dmc": "envs.dmc"}
+SUITES = {"dmc": "envs.dmc", "ms": "envs.maniskill", "rms": "envs.realistic_maniskill"}
 STREAMS = ("train", "eval")
 
 
@@ -52,6 +51,7 @@ def prepare(
     ds_resource_path: str = "..",
     distracting_cs_intensity: float = 0.1,
     distracting_cs_dynamic: bool = True,
+    scene_files: str = "../Matterport/data/matterport3d/*.glb",
 ) -> Callable[[], gymnasium.Env]:
     """Check the task and its files, decode what it needs, and return a picklable constructor of the environment.
 
@@ -69,9 +69,10 @@ def prepare(
         ds_resource_path: folder that holds `DAVIS`, for `distracting_cs`.
         distracting_cs_intensity: difficulty of `distracting_cs` and `sensor_cs`.
         distracting_cs_dynamic: whether these distractions move within an episode.
+        scene_files: glob or folder of the rooms (.glb) of an `rms` task.
 
     Raises:
-        EnvError: unknown task, no usable background file, or no way to render.
+        EnvError: unknown task, no usable background file, no simulator, or no way to render.
     """
     parsed = parse_task(task)
     if min(*size, action_repeat, time_limit) < 1 or total_frames < 0:
@@ -89,6 +90,7 @@ def prepare(
         ds_resource_path=ds_resource_path,
         distracting_cs_intensity=distracting_cs_intensity,
         distracting_cs_dynamic=distracting_cs_dynamic,
+        scene_files=scene_files,
     )
     return functools.partial(_construct, constructor, time_limit)
 

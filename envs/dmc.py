@@ -15,7 +15,7 @@ import numpy as np
 
 from envs import natural_video
 from envs.distraction import Distraction, Edits, edit_assets
-from envs.task import EnvError, Task
+from envs.task import EnvError, Task, two_seeds
 
 # Equal to dm_control.suite.TASKS_BY_DOMAIN, written down so that parsing a name does not load a simulator.
 TASKS = {
@@ -81,12 +81,11 @@ def prepare(
     ds_resource_path: str,
     distracting_cs_intensity: float,
     distracting_cs_dynamic: bool,
+    **_,
 ) -> Callable[[], gymnasium.Env]:
     """Constructor of the environment of `task`, after every check and after the clips it needs are decoded."""
     check_rendering()
-    own_task_seed, distraction_seed = _two_seeds(
-        np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, start))
-    )
+    own_task_seed, distraction_seed = two_seeds(seed, start)
     camera, edits, distraction = 0 if task.variant else CLEAN_CAMERAS.get(task.domain, 0), {}, None
     # Imported where used: only some of these need decoders.
     if task.variant == "video":
@@ -191,7 +190,7 @@ class ControlSuite(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         if seed is not None:
-            task_seed, distraction_seed = _two_seeds(np.random.SeedSequence(seed))
+            task_seed, distraction_seed = two_seeds(np.random.SeedSequence(seed))
             self._env.task.random.seed(task_seed)
             self._distraction.seed(distraction_seed)
         self._running = True
@@ -297,9 +296,3 @@ def _longest_prefix(text: str, words) -> tuple[str, str]:
     fitting = [word for word in words if f"{text}_".startswith(f"{word}_")]
     word = max(fitting, key=len, default="")
     return word, text[len(word) :].removeprefix("_") if word else text
-
-
-def _two_seeds(seed: np.random.SeedSequence) -> tuple[int, int]:
-    """Seeds of the simulator and of the background. Unlike `spawn`, this leaves `seed` unchanged."""
-    task_seed, background_seed = seed.generate_state(2)
-    return int(task_seed), int(background_seed)

@@ -1,6 +1,8 @@
-"""What every environment family shares: the parsed name of a task and the error of this package."""
+"""What every environment family shares: the parsed name of a task, its seeds and the error of this package."""
 
 from typing import NamedTuple
+
+import numpy as np
 
 
 class EnvError(ValueError):
@@ -14,3 +16,11 @@ class Task(NamedTuple):
     domain: str
     name: str
     variant: str  # "" is the clean task
+
+
+def two_seeds(seed: np.random.SeedSequence, start: int | None = None) -> tuple[int, int]:
+    """Seeds of the simulator and of the background, others for each `start`. Unlike `spawn`, it leaves `seed` be."""
+    if start is not None:
+        seed = np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, start))
+    task_seed, background_seed = seed.generate_state(2)
+    return int(task_seed), int(background_seed)

@@ -32,6 +32,7 @@ class Vector:
 
     Attributes:
         num_envs: n.
+        render_mode: "rgb_array" if `render` works, as in gymnasium.
         observation_space: the Dict space of one environment, without the flags.
         action_space: the action space of one environment.
     """
@@ -48,7 +49,7 @@ class Vector:
             with _worker_surroundings() if parallel else contextlib.nullcontext():
                 for constructor in constructors:
                     self._slots.append(_Process(constructor) if parallel else _Local(constructor))
-            self.observation_space, self.action_space = [slot.receive() for slot in self._slots][0]
+            self.observation_space, self.action_space, self.render_mode = [slot.receive() for slot in self._slots][0]
         # Runs before the exit hook of multiprocessing, which would wait for ever for open workers: they ignore SIGTERM.
         atexit.register(self.close)
         self._obs = {
@@ -83,6 +84,12 @@ class Vector:
         obs = self._copy()
         return obs, reward, obs["is_last"].copy(), {"success": success}
 
+    def render(self, i: int) -> np.ndarray:
+        """A picture of environment `i` for people, uint8 (H, W, 3) of any size."""
+        with self._closed_on_error():
+            self._slots[i].send("render")
+            return self._slots[i].receive()
+
     def close(self) -> None:
         """Close every environment and end the workers. Safe to call twice."""
         for slot in self._slots:
@@ -106,12 +113,16 @@ class Vector:
             raise
 
 
+def _properties(env: gymnasium.Env) -> tuple:
+    return env.observation_space, env.action_space, env.render_mode
+
+
 class _Local:
     """An environment in this process, with the interface of `_Process`."""
 
     def __init__(self, constructor: Callable[[], gymnasium.Env]):
         self._env = constructor()
-        self._result = (self._env.observation_space, self._env.action_space)
+        self._result = _properties(self._env)
 
     def send(self, method: str, *args) -> None:
         self._result = getattr(self._env, method)(*args)
@@ -173,7 +184,7 @@ def _serve(pipe, constructor: Callable[[], gymnasium.Env]) -> None:
     env = None
     try:
         env = constructor()
-        pipe.send((env.observation_space, env.action_space))
+        pipe.send(_properties(env))
         while True:
             method, args = pipe.recv()
             pipe.send(getattr(env, method)(*args))

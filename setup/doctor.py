@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 SETUP = Path(__file__).resolve().parent
 INSTALL = f"rm -r {SETUP.parent / '.venv'}, then run setup/run.sh again"
 RENDER = """
@@ -31,11 +33,11 @@ def check_python() -> Iterator[Line]:
 
 def check_packages() -> Iterator[Line]:
     """Every pinned requirement is installed in exactly that version (a local build tag such as +cpu is free)."""
-    pins = re.findall(
-        r"^([\w-]+)==(\S+)", "".join(p.read_text() for p in sorted(SETUP.glob("requirements*.txt"))), re.M
-    )
+    text = "".join(p.read_text() for p in sorted(SETUP.glob("requirements*.txt")))
+    requirements = [Requirement(line) for line in re.findall(r"^\w.*", text, re.M)]
+    pins = {r.name: str(r.specifier)[2:] for r in requirements if r.marker is None or r.marker.evaluate()}
     wrong = []
-    for name, wanted in pins:
+    for name, wanted in pins.items():
         try:
             found = metadata.version(name).split("+")[0]
         except metadata.PackageNotFoundError:
@@ -115,7 +117,19 @@ def check_replay() -> Iterator[Line]:
     yield "ok" if fits else "warn", text, "runs that fill it need a smaller --dataset_size or --steps"
 
 
-CHECKS = [check_python, check_packages, check_torch, check_rendering, check_cache, check_replay]
+def check_vulkan() -> Iterator[Line]:
+    """What SAPIEN, ManiSkill2's simulator, renders on."""
+    sys.path.insert(0, str(SETUP.parent))
+    from envs import EnvError, maniskill
+
+    try:
+        yield "ok", f"rms_* and ms_* tasks, rendering on {maniskill.check_simulator()}", ""
+    except EnvError as error:
+        reason, _, fix = str(error).rpartition(": ")
+        yield "warn", f"no rms_* and ms_* tasks: {reason}", fix
+
+
+CHECKS = [check_python, check_packages, check_torch, check_rendering, check_vulkan, check_cache, check_replay]
 
 
 def main() -> int:

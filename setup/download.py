@@ -3,7 +3,10 @@
     python setup/download.py dmcgs                  colours and videos of the dmc_*_{color,video}_{easy,hard} tasks
     python setup/download.py davis                  backgrounds of the dmc_*_distracting_cs tasks
     python setup/download.py kinetics --from DIR    clips for dmc_*_video tasks, out of a local copy of Kinetics-400
+    python setup/download.py matterport --from DIR  rooms (*.glb) of the rms_* tasks, out of a local folder
+    python setup/download.py maniskill              models that turn_faucet, assembling_kits, panda_avoid_obstacles need
     python setup/download.py demo                   makes stand-ins for all of these, to try things out; no download
+                                                    (but none for the models of maniskill)
 
 A broken download goes on where it stopped. Every file is checked before it takes its place.
 """
@@ -12,9 +15,11 @@ import argparse
 import csv
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -28,13 +33,21 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from envs import assets  # noqa: E402
 from envs.distracting_cs import DAVIS  # noqa: E402
+from envs.realistic_maniskill import MODELS  # noqa: E402
 
 DMCGS_URL = "https://raw.githubusercontent.com/nicklashansen/dmcontrol-generalization-benchmark/main/src/env/data"
 DAVIS_URL = "https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip"
+MANISKILL_UIDS = {
+    "turn_faucet": "partnet_mobility/5021",
+    "assembling_kits": "assembling_kits",
+    "panda_avoid_obstacles": "panda_avoid_obstacles",
+}
 LICENCES = {
     "dmcgs": "DMControl Generalization Benchmark: MIT licence; its videos are from PAD and RealEstate10K (YouTube)",
     "davis": "DAVIS 2017: see the terms at davischallenge.org; cite Pont-Tuset et al., 2017",
     "kinetics": "Kinetics-400: annotations by DeepMind, CC BY 4.0; the clips belong to their YouTube authors",
+    "matterport": "Matterport3D: academic use under its own terms; the RePo authors' README links the rooms as .glb",
+    "maniskill": "ManiSkill2 assets: CC BY-NC 4.0, with parts of PartNet-Mobility and the Kit Assembly data set",
     "demo": "generated here, free to use; looks like nothing published, so results on it compare with nothing",
 }
 TIMEOUT = 30  # seconds without a byte
@@ -149,7 +162,7 @@ def read_colors(path: Path) -> list[dict[str, list[float]]]:
     """A published colour table. It is a pickle of numpy arrays: read with nothing else allowed in it."""
     import torch
 
-    allowed = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+    allowed = [np.array(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.Float64DType]
     with torch.serialization.safe_globals([*allowed, (allowed[0], "numpy.core.multiarray._reconstruct")]):
         return [{k: v.tolist() for k, v in row.items()} for row in torch.load(path, weights_only=True)]
 
@@ -200,6 +213,42 @@ def driving_car(root: Path) -> list[Path]:
     return sorted(clips)
 
 
+def get_matterport(folder: Path, source: str | None) -> None:
+    if not source:
+        raise DownloadError(
+            "get the rooms by the link in github.com/zchuning/repo first; then: python setup/download.py matterport "
+            "--from DIR"
+        )
+    rooms = sorted(Path(source).rglob("*.glb"))
+    if not rooms:
+        raise DownloadError(f"{source} holds no *.glb: give the folder of the rooms")
+    for room in tqdm(rooms, desc="matterport", disable=None):
+        fetch(str(room), folder / room.name)
+    for stand_in in folder.glob("generated*.glb"):
+        stand_in.unlink()
+    (folder / assets.GENERATED).unlink(missing_ok=True)
+
+
+def get_maniskill(folder: Path, source: str | None) -> None:
+    """ManiSkill2's own downloader, which checks hashes; `source` is a folder with the same layout as its result."""
+    if source:
+        try:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        except FileNotFoundError:
+            raise DownloadError(f"{source} does not exist: check --from") from None
+    else:
+        for task, uid in MANISKILL_UIDS.items():
+            command = [sys.executable, "-m", "mani_skill2.utils.download_asset", "-y", uid]
+            if (
+                not (folder / MODELS[task]).exists()
+                and subprocess.run(command, env=os.environ | {"MS2_ASSET_DIR": str(folder.resolve())}).returncode
+            ):
+                raise DownloadError(f"ManiSkill2's downloader failed for {uid}: see above, then run the command again")
+    lacking = [model for model in MODELS.values() if model and not (folder / model).exists()]
+    if lacking:
+        raise DownloadError(f"{source or 'the download'} lacks {', '.join(lacking)}")
+
+
 def get_demo(folder: Path, source: str | None) -> None:
     """Stand-ins for every set that is not here: drifting landscapes with moving blobs, and random colours."""
     import cv2
@@ -220,6 +269,11 @@ def get_demo(folder: Path, source: str | None) -> None:
             for t, frame in enumerate(landscape(rng, 6)):
                 cv2.imwrite(str(video_folder / f"{t:05d}.jpg"), frame[..., ::-1])
         write_text(assets.root() / "davis" / assets.GENERATED, "")
+    # Without ManiSkill2 there is no trimesh, and no use for rooms.
+    if importlib.util.find_spec("trimesh") and not any((assets.root() / "matterport").glob("*.glb")):
+        for i in range(4):
+            write_room(assets.root() / f"matterport/generated{i}.glb", rng)
+        write_text(assets.root() / "matterport" / assets.GENERATED, "")
     for i in range(4):
         write_video(folder / f"clip{i}.mp4", landscape(rng, 250))
     write_text(folder / assets.GENERATED, "")
@@ -255,6 +309,47 @@ def landscape(rng: np.random.Generator, frames: int, size: int = 128) -> np.ndar
     return result
 
 
+def write_room(path: Path, rng: np.random.Generator) -> None:
+    """A furnished room of 6 x 5 x 2.8 m as .glb, its z axis up, its floor at 0 and its middle at the origin."""
+    import trimesh
+    from PIL import Image
+
+    half = np.array([3.0, 2.5, 1.4])
+    parts = [[face] for face in _box(np.array([0.0, 0.0, 1.4]), -half)]  # negative: seen from inside
+    for _ in range(10):
+        size = rng.uniform([0.2, 0.2, 0.2], [0.6, 0.6, 0.9])
+        middle = rng.uniform(-1, 1, 3) * (half - size)
+        wall = rng.integers(2)
+        middle[wall] = np.copysign(half - size, middle)[wall]
+        parts.append(_box(np.array([*middle[:2], size[2]]), size))
+    room = trimesh.Scene()
+    for faces in parts:
+        paint, pattern = rng.uniform(60, 220, 3), landscape(rng, 1, 64)[0]
+        picture = Image.fromarray((0.75 * paint + 0.25 * pattern).astype(np.uint8))
+        material = trimesh.visual.material.PBRMaterial(
+            baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=0.9, doubleSided=True
+        )
+        corners, first = np.concatenate(faces), 4 * np.arange(len(faces))[:, None, None]
+        triangles = (first + [(0, 1, 2), (0, 2, 3)]).reshape(-1, 3)
+        uv = np.tile([(0, 0), (1, 0), (1, 1), (0, 1)], (len(faces), 1))
+        visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+        room.add_geometry(trimesh.Trimesh(corners, triangles, visual=visual, process=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    room.export(path)
+
+
+def _box(middle: np.ndarray, half: np.ndarray) -> list[np.ndarray]:
+    """Corners (4, 3) of the six faces, counter-clockwise as seen from outside (from inside if `half` is negative)."""
+    faces = []
+    for axis in range(3):
+        for sign in (-1, 1):
+            first, second = np.eye(3)[[(axis + 1) % 3, (axis + 2) % 3]] * half
+            normal = np.eye(3)[axis] * sign * half
+            turn = [(-1, -1), (1, -1), (1, 1), (-1, 1)][::sign]
+            faces.append(np.array([middle + normal + a * first + b * second for a, b in turn]))
+    return faces
+
+
 def random_colors(rng: np.random.Generator, spread: float) -> list[dict[str, list[float]]]:
     """Colours made as the published tables seem to be: those of the suite with Gaussian noise."""
     rows = []
@@ -286,7 +381,14 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
-SETS = {"dmcgs": get_dmcgs, "davis": get_davis, "kinetics": get_kinetics, "demo": get_demo}
+SETS = {
+    "dmcgs": get_dmcgs,
+    "davis": get_davis,
+    "kinetics": get_kinetics,
+    "matterport": get_matterport,
+    "maniskill": get_maniskill,
+    "demo": get_demo,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,12 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 apt() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$@" >/dev/null; }
 
+if [[ "${packages[*]}" == *-backports* ]] && ! apt-cache policy | grep -q -e -backports; then
+  release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' "Codename: $release" 'Created-By: Packages' | sed -n 1p)
+  echo "deb $mirror $release-backports main" |
+    "${as_root[@]}" tee "/etc/apt/sources.list.d/$release-backports.list" >/dev/null
+fi
 if [ ${#packages[@]} -gt 0 ] || ! loadable libOSMesa.so; then
   apt update || true # a list that fails to load need not be one that is needed
 fi

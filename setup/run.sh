@@ -52,6 +52,8 @@ make_venv() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       --no-deps -r "$setup/requirements-no-deps.txt" >&2 ||
     die "installing the packages failed: see the message above, check the network, then run the same command again"
+  [ ! -d "$venv"/lib/python*/site-packages/sapien ] || "$setup/vulkan/install.sh" "$venv" ||
+    echo "setup/run.sh: no Vulkan for the rms_* and ms_* tasks, see above; the others do without" >&2
   fingerprint >"$venv/.fingerprint" # last, so that an interrupted installation is made again
   echo "setup/run.sh: done in $SECONDS s" >&2
 }

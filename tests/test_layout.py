@@ -1,6 +1,7 @@
 """The fixed layout: which files exist, and that imports form one line."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -44,5 +45,7 @@ def test_environments_stand_alone():
 def test_environments_do_not_load_torch():
     """Also not through a dependency: an environment worker would pay seconds and hundreds of MB for it."""
     modules = sorted(f"envs.{path.stem}" for path in (ROOT / "envs").glob("*.py") if path.stem != "__init__")
+    if importlib.util.find_spec("mani_skill2") is None:
+        modules.remove("envs.maniskill_tasks")  # the only one that needs what is not installed on every Python
     code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,6 +1,7 @@
 """The set-up scripts. That they install everything on a bare machine is shown by running them there, not here."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from setup import doctor
 
 SETUP = Path(__file__).resolve().parents[1] / "setup"
-SCRIPTS = [*sorted(SETUP.glob("*.sh")), SETUP.parent / ".ci" / "run"]
+SCRIPTS = [*sorted(SETUP.rglob("*.sh")), SETUP.parent / ".ci" / "run"]
 
 
 def run(*command, **environ):
@@ -114,6 +115,8 @@ def test_doctor_is_content_here():
     result = run(sys.executable, SETUP / "doctor.py")
     assert result.returncode == 0, result.stdout
     assert "ok    rendering with" in result.stdout
+    if sys.version_info[:2] == (3, 11) and platform.machine() == "x86_64":
+        assert "ok    rms_* and ms_* tasks, rendering on" in result.stdout
 
 
 def test_doctor_tells_what_fails(monkeypatch, capsys):
@@ -123,4 +126,4 @@ def test_doctor_tells_what_fails(monkeypatch, capsys):
     assert doctor.main() == 1
     rendering, packages = capsys.readouterr().out.splitlines()
     assert rendering.startswith("FAIL  rendering with nonsense: ") and "setup/install.sh" in rendering
-    assert packages.startswith("FAIL") and "numpy is 1.0, not 2" in packages
+    assert packages.startswith("FAIL") and "numpy is 1.0, not " in packages

@@ -1,0 +1,141 @@
+"""The tasks of Realistic ManiSkill as subclasses of mani_skill2's. Only this file needs mani_skill2 to be imported.
+
+Facts about poses, cameras and rooms from the public code of RePo and HRSSM.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from envs.maniskill import import_mani_skill
+from envs.realistic_maniskill import BASE, CUBE, GOALS, cube_reward
+
+import_mani_skill()
+
+from mani_skill2.envs.assembly.assembling_kits import AssemblingKitsEnv  # noqa: E402
+from mani_skill2.envs.assembly.peg_insertion_side import PegInsertionSideEnv  # noqa: E402
+from mani_skill2.envs.assembly.plug_charger import PlugChargerEnv  # noqa: E402
+from mani_skill2.envs.misc.avoid_obstacles import PandaAvoidObstaclesEnv  # noqa: E402
+from mani_skill2.envs.misc.turn_faucet import TurnFaucetEnv  # noqa: E402
+from mani_skill2.envs.pick_and_place.pick_cube import LiftCubeEnv, PickCubeEnv  # noqa: E402
+from mani_skill2.sensors.camera import CameraConfig  # noqa: E402
+from mani_skill2.utils.sapien_utils import look_at  # noqa: E402
+from sapien.core import Pose  # noqa: E402
+
+# Joint angles of the Panda in radians, then its fingers in metres: the gripper around the cube, or above the faucet.
+LOW = np.array([0, np.pi / 4, 0, -5 * np.pi / 8, 0, 7 * np.pi / 8, np.pi / 4, 0.04, 0.04])
+HIGH = np.array([0, np.pi / 8, 0, -5 * np.pi / 8, 0, 6 * np.pi / 8, np.pi / 4, 0.04, 0.04])
+# A visual's rotation (w, x, y, z) and the actor's place in metres. Stages of ReplicaCAD have their y axis up.
+MATTERPORT = Pose(q=[0, 0, 0, 1]), Pose([0, 0, -0.8])
+REPLICA_CAD = Pose(q=[0.707, 0.707, 0, 0]), Pose([2, 3, -0.8])
+REPLICA_CAD_FOLDER = "hab2_bench_assets"  # as its archive names it
+RENDER_SIZE = 256
+
+
+class InRoom:
+    """Mixed into an environment: a room that is seen but not touched, in place of the visible ground; no end."""
+
+    scene_file: str | None = None
+
+    def _load_background(self):
+        if self.scene_file is None:
+            return
+        replica = REPLICA_CAD_FOLDER in Path(self.scene_file).parts
+        rotation, place = REPLICA_CAD if replica else MATTERPORT
+        builder = self._scene.create_actor_builder()
+        builder.add_visual_from_file(self.scene_file, rotation)
+        builder.build_static("room").set_pose(place)
+
+    def _add_ground(self, altitude=0.0, render=True):
+        return super()._add_ground(altitude, render=False)
+
+    def _clear(self):
+        super()._clear()
+        self._renderer.clear_cached_resources()  # or every room that was ever shown stays in memory
+
+    def _register_render_cameras(self):
+        camera = self._register_cameras()
+        camera.uid, camera.width, camera.height = "render_camera", RENDER_SIZE, RENDER_SIZE
+        return camera
+
+    def get_done(self, info, **kwargs):
+        return False
+
+
+class FixedStart(InRoom):
+    """Robot without noise, seen from its left front."""
+
+    start_qpos = LOW
+
+    def _initialize_agent(self):
+        self.agent.reset(self.start_qpos)
+        self.agent.robot.set_pose(Pose(BASE))
+
+    def _register_cameras(self):
+        pose = look_at([0.2, -0.4, 0.4], [0.0, 0.0, 0.3])
+        return CameraConfig("base_camera", pose.p, pose.q, 64, 64, np.pi / 2, 0.01, 10)
+
+
+class FixedCube(FixedStart):
+    """Cube and goal in the same places in every episode, and the reward that goes with it."""
+
+    name: str
+
+    def _initialize_actors(self):
+        self.obj.set_pose(Pose(CUBE))
+
+    def _initialize_task(self):
+        self.goal_pos = np.array(GOALS[self.name])
+        self.goal_site.set_pose(Pose(self.goal_pos))
+
+    def compute_dense_reward(self, info, **kwargs):
+        fingers = np.linalg.norm(self.agent.finger1_link.pose.p - self.agent.finger2_link.pose.p)
+        grasped = self.agent.check_grasp(self.obj, max_angle=30)
+        return cube_reward(self.name, self.obj.pose.p, self.tcp.pose.p, fingers, grasped)
+
+
+class PushCube(FixedCube, PickCubeEnv):
+    name = "push_cube"
+
+
+class LiftCube(FixedCube, LiftCubeEnv):
+    name = "lift_cube"
+
+
+class PickCube(FixedCube, PickCubeEnv):
+    name = "pick_cube"
+
+
+class TurnFaucet(FixedStart, TurnFaucetEnv):
+    start_qpos = HIGH
+
+    def _initialize_articulations(self):
+        self.faucet.set_pose(Pose([0.1, 0, 0]))
+
+
+class AssemblingKits(InRoom, AssemblingKitsEnv):
+    pass
+
+
+class PegInsertionSide(InRoom, PegInsertionSideEnv):
+    pass
+
+
+class PlugCharger(InRoom, PlugChargerEnv):
+    pass
+
+
+class PandaAvoidObstacles(InRoom, PandaAvoidObstaclesEnv):
+    pass
+
+
+CLASSES = {
+    "push_cube": PushCube,
+    "lift_cube": LiftCube,
+    "pick_cube": PickCube,
+    "turn_faucet": TurnFaucet,
+    "assembling_kits": AssemblingKits,
+    "peg_insertion_side": PegInsertionSide,
+    "plug_charger": PlugCharger,
+    "panda_avoid_obstacles": PandaAvoidObstacles,
+}
