@@ -19,10 +19,8 @@ import tools
 from tests.helpers import ROOT, SMALL, make_agent, make_config
 
 SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
-SHORT += (
-    " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --actor_start 2 --train_ratio 16 --eval_episode_num 2 --parallel False "
-    + SMALL
-)
+SHORT += " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --actor_start 2 --train_ratio 16"
+SHORT += " --eval_episode_num 2 --parallel False " + SMALL
 
 
 def command(logdir: Path, *argv: str) -> list[str]:
