@@ -65,6 +65,9 @@ def theirs(module, variant: str):
 
     davis = [str(assets.root() / "davis")]
     env = module.make_env(*TASK, 0, action_repeat=2, image_size=64, mode=variant, intensity=0.1, ds_resource_path=davis)
+    if variant.startswith("video"):  # a checkout may lack some
+        paths = [path for path in env.env._video_paths if Path(path).exists()]
+        env.env._video_paths, env.env._num_videos = paths, len(paths)
     base = env
     while hasattr(base, "env"):
         base = base.env
