@@ -233,12 +233,11 @@ def _build(env_id: str, size: tuple[int, int], camera: bool):
     from mani_skill2.utils.registration import REGISTERED_ENVS
 
     try:
+        # v1: mobile robots, which have control modes of their own.
         return REGISTERED_ENVS[env_id].make(
             obs_mode="none" if camera else "state",
             reward_mode="dense",
-            control_mode=None
-            if env_id.endswith("-v1")
-            else CONTROL,  # v1: mobile robots, which have modes of their own
+            control_mode=None if env_id.endswith("-v1") else CONTROL,
             camera_cfgs={"height": size[0], "width": size[1]},
         )
     except FileNotFoundError:

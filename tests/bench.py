@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
-from envs import dmc
+from envs import assets, dmc
 
 TASK = ("walker", "stand")
 GS = [variant for variant in dmc.VARIANTS if variant != "video"]
@@ -53,7 +53,7 @@ class Clock:
 
 
 def ours(variant: str):
-    env = envs.make("_".join(filter(None, ["dmc", *TASK, variant])), ds_resource_path="..").unwrapped
+    env = envs.make("_".join(filter(None, ["dmc", *TASK, variant]))).unwrapped
     clock = Clock()
     clock.around(env._env, "step", "physics")
     clock.around(env._camera, "render", "render")
@@ -61,8 +61,6 @@ def ours(variant: str):
 
 
 def theirs(module, variant: str):
-    from envs import assets
-
     davis = [str(assets.root() / "davis")]
     env = module.make_env(*TASK, 0, action_repeat=2, image_size=64, mode=variant, intensity=0.1, ds_resource_path=davis)
     if variant.startswith("video"):  # a checkout may lack some

@@ -146,11 +146,11 @@ def test_davis_from_an_archive(tmp_path):
     assert len(distracting_cs.find_videos(str(tmp_path / "assets/davis"))) == 60
 
 
-@pytest.mark.parametrize("member", ["../evil", "DAVIS/../../evil", "/tmp/evil", "..\\evil", "C:/evil"])
+@pytest.mark.parametrize("member", ["../evil", "DAVIS/../../evil", "/evil", "..\\evil", "C:/evil"])
 def test_an_archive_that_would_write_elsewhere(tmp_path, member):
     archive = davis_archive(tmp_path / "davis.zip", extra=member)
     assert_refused(run(tmp_path / "assets", "davis", "--from", str(archive)), "outside its folder", tmp_path / "assets")
-    assert not list(tmp_path.rglob("evil"))
+    assert not list(tmp_path.rglob("evil")) and not os.path.exists("/evil")
 
 
 def test_a_truncated_archive(tmp_path):
