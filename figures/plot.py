@@ -311,16 +311,16 @@ def draw_bars(axis, results: Results, colors: dict[str, str]) -> None:
     tasks = unique(task for task, _ in shown)
     several = len(tasks) > 1
     for row, ((task, method), point) in enumerate(shown.items()):
-        axis.barh(row, point.iqm, color=colors[method], alpha=0.75)
+        axis.barh(row, point.iqm, 0.4, color=colors[method], alpha=0.75)
         if point.runs > 1:
             axis.plot([point.low, point.high], [row, row], color="black", lw=1.5)
-        name = f"{task}\n{method}" if several else method
+        name = f"{task}: {method}" if several else method
         shown_as = f"{name} ({point.runs} run{'s' * (point.runs != 1)})"
-        axis.text(0.02, row, shown_as, va="center", fontsize=8, transform=axis.get_yaxis_transform())
+        axis.text(0.02, row - 0.25, shown_as, va="bottom", fontsize=8, transform=axis.get_yaxis_transform())
     steps = unique(point.step for point in shown.values())
     at = f", {matplotlib.ticker.EngFormatter(sep='')(steps[0])} frames" if len(steps) == 1 and not overall else ""
     axis.set(title=f"final: {'each task' if several else ''.join(tasks)}{at}", xlabel=results.metric, yticks=[])
-    axis.invert_yaxis()
+    axis.set_ylim(len(shown) - 0.6, -0.8 - 0.2 * several)
     axis.grid(axis="x", alpha=0.25)
 
 

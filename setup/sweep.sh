@@ -133,7 +133,7 @@ start() {
 reap() {
   local pid='' code=0 run
   wait -n -p pid || code=$?
-  [ -n "$pid" ] || return 0 # a signal came; the processes have been told
+  [ -n "${pid:-}" ] || return 0 # a signal came; the processes have been told
   run=${runs[${running[$pid]}]}
   case $code in
   0) echo "${commands[${running[$pid]}]}" >"$run/sweep.done" ;;
