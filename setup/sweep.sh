@@ -122,7 +122,8 @@ start() {
   mkdir -p "${runs[$1]}"
   (
     exec 9>>"${runs[$1]}/sweep.lock"
-    flock --timeout 1 9 || exit "$busy"
+    flock --timeout 0.2 9 || exit "$busy" # not at once: --status takes it for a moment
+    ! finished "$1" || exit 0
     rm -f "${runs[$1]}/sweep.failed"
     exec "${command[@]}" >>"${runs[$1]}/sweep.log" 2>&1
   ) &
