@@ -86,9 +86,9 @@ def natural(path: Path) -> list:
 
 
 def read_rows(logdir: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a line that was cut off when the run was killed is left out."""
-    rows = []
-    for line in (logdir / "metrics.jsonl").read_text(errors="replace").splitlines():
+    """Rows of metrics.jsonl, none if there is no such file; a line that was cut off by a kill is left out."""
+    path, rows = logdir / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -250,7 +250,7 @@ def analyse(runs: Sequence[Run], published: Sequence[Run], *, metric: str, width
         points = [point for point in curve(found, width) if point.step < ends[task] + width]
         references |= {(task, method): points} if points else {}
     if published and not references:
-        tools.warn(f"the published curves have none of the tasks {', '.join(ends)}")
+        tools.warn(f"no published curve of {', '.join(ends)} within the frames of these runs")
     together = same_scale or "success" in metric or all(task.startswith("dmc_") for task in ends)
     if not together and len(ends) > 1:
         tools.warn("no result over all tasks, their returns may have different scales: --same_scale if they do not")

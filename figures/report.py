@@ -23,8 +23,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
 img { max-width: 100% } .note { color: #666; font-size: .9em }
 table { border-collapse: collapse; font-size: .9em } .wide { overflow-x: auto }
-th, td { text-align: left; padding: .2em .8em .2em 0; border-bottom: 1px solid #eee; vertical-align: top }
-.number { text-align: right; font-variant-numeric: tabular-nums }
+th, td { text-align: left; vertical-align: top; padding: .2em .8em .2em 0; border-bottom: 1px solid #eee }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums }
 .videos { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 200px; font-size: .85em }
 video { width: 200px; image-rendering: pixelated; background: #000 }
 """
@@ -33,13 +33,17 @@ video { width: 200px; image-rendering: pixelated; background: #000 }
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     """HTML of a table; numbers are set to the right."""
 
-    def cell(value) -> str:
-        if isinstance(value, int | float):
-            return f'<td class="number">{value:,.5g}</td>' if value == value else '<td class="number">-</td>'
-        return f"<td>{html.escape(str(value))}</td>"
+    def cell(tag: str, text: str, like) -> str:
+        kind = ' class="number"' if isinstance(like, int | float) else ""
+        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
 
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    def text(value) -> str:
+        if not isinstance(value, int | float):
+            return str(value)
+        return "-" if value != value else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    head = "".join(cell("th", name, like) for name, like in zip(header, rows[0], strict=True))
+    body = "\n".join(f"<tr>{''.join(cell('td', text(value), value) for value in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
@@ -57,7 +61,8 @@ def curves(results: plot.Results) -> str:
 
 def final(results: plot.Results) -> str:
     header = ["task", "method", "step", results.metric, "95% low", "95% high", "runs"]
-    return table(header, [(*name, *map(float, point[:4]), point.runs) for name, point in results.final.items()])
+    rows = [(*name, *map(float, point[:4]), point.runs) for name, point in results.final.items()]
+    return table(header, rows) if rows else "<p>The runs of no task have a bin in common.</p>"
 
 
 def progress(runs: Sequence[plot.Run]) -> str:
