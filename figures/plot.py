@@ -39,8 +39,8 @@ import tools
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# The library rliable would bring pandas, statsmodels and six more packages for the ten lines of `iqm`. It also needs as
-# many runs of every task, and its bootstrap ignores the seed that it is given.
+# The library rliable 1.2.0 would bring pandas, statsmodels and six more packages for the ten lines of `iqm`, cannot be
+# imported with their present versions, and needs equally many runs of every task.
 RESAMPLINGS = 2000
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 # Options that say nothing about the method.
