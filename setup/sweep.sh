@@ -24,6 +24,7 @@ die() {
   exit 2
 }
 
+{ # bash reads a script as it goes; in braces it reads all of it first, so that a checkout may change during a sweep
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
 logdir='' tasks='' seeds=0 methods=full jobs=1 status=''
 while [ $# -gt 0 ]; do
@@ -168,3 +169,5 @@ table
 for i in "${!runs[@]}"; do
   [ "$(state "$i")" != failed ] || exit 1
 done
+exit
+}
