@@ -108,12 +108,15 @@ class Agent(nn.Module):
             return networks.draw_onehot(amount / self.actions + (1.0 - amount) * action)
         return (action + amount * networks.draw_normal(action)).clamp(-1.0, 1.0)
 
-    def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> dict[str, Tensor]:
+    def update(self, batch: dict[str, Tensor], mask: Tensor | None = None, behavior: bool = True) -> dict[str, Tensor]:
         """One update of everything from a batch (B,T,*) of replay: world model, actor, critic, exploration.
 
-        Imagination starts from the raw branch's posterior. `mask` (T,H,W) bool replaces the random cube mask.
+        Imagination starts from the raw branch's posterior. `mask` (T,H,W) bool replaces the random cube mask; without
+        `behavior` the world model learns alone.
         """
         branches, metrics = self.world_model.update(batch, mask)
+        if not behavior:
+            return metrics
         metrics |= self.actor_critic.update(self.world_model, branches.raw_post)
         if self.explorer is not None:
             action = batch["action"].to(branches.embed)
@@ -570,7 +573,8 @@ def train(run: Run, stopped) -> None:
             action = random.actor(torch.zeros(vec.num_envs, 1)).sample()
         else:
             for _ in range(run.updates_owed()):
-                logger.scalars(grouped(agent.update(replay.sample())))
+                behavior = count["update"] >= config.actor_start
+                logger.scalars(grouped(agent.update(replay.sample(), behavior=behavior)))
                 count["update"] += 1
             if run.should_log(count["policy_step"]):
                 run.write()

@@ -15,6 +15,7 @@ import argparse
 import csv
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -36,6 +37,11 @@ from envs.realistic_maniskill import MODELS  # noqa: E402
 
 DMCGS_URL = "https://raw.githubusercontent.com/nicklashansen/dmcontrol-generalization-benchmark/main/src/env/data"
 DAVIS_URL = "https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip"
+MANISKILL_UIDS = {
+    "turn_faucet": "partnet_mobility/5021",
+    "assembling_kits": "assembling_kits",
+    "panda_avoid_obstacles": "panda_avoid_obstacles",
+}
 LICENCES = {
     "dmcgs": "DMControl Generalization Benchmark: MIT licence; its videos are from PAD and RealEstate10K (YouTube)",
     "davis": "DAVIS 2017: see the terms at davischallenge.org; cite Pont-Tuset et al., 2017",
@@ -89,7 +95,7 @@ def _fetch_url(url: str, part: Path) -> None:
         size = int(reply.headers["Content-Length"]) + have if "Content-Length" in reply.headers else None
         bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
         with part.open("ab" if resumed else "wb") as file, bar:
-            for chunk in reply.iter_content(1 << 20):
+            for chunk in reply.iter_content(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
         if size is not None and part.stat().st_size != size:
@@ -231,9 +237,12 @@ def get_maniskill(folder: Path, source: str | None) -> None:
         except FileNotFoundError:
             raise DownloadError(f"{source} does not exist: check --from") from None
     else:
-        for uid in ("partnet_mobility/5021", "assembling_kits", "panda_avoid_obstacles"):
-            command = [sys.executable, "-m", "mani_skill2.utils.download_asset", uid]
-            if subprocess.run(command, env=os.environ | {"MS2_ASSET_DIR": str(folder)}).returncode:
+        for task, uid in MANISKILL_UIDS.items():
+            command = [sys.executable, "-m", "mani_skill2.utils.download_asset", "-y", uid]
+            if (
+                not (folder / MODELS[task]).exists()
+                and subprocess.run(command, env=os.environ | {"MS2_ASSET_DIR": str(folder.resolve())}).returncode
+            ):
                 raise DownloadError(f"ManiSkill2's downloader failed for {uid}: see above, then run the command again")
     lacking = [model for model in MODELS.values() if model and not (folder / model).exists()]
     if lacking:
@@ -249,7 +258,7 @@ def get_demo(folder: Path, source: str | None) -> None:
         target = assets.root() / "dmcgs"
         for mode in ("video_easy", "video_hard"):
             for i in range(4):
-                write_video(target / mode / f"video{i}.mp4", landscape(rng, 100, 192))
+                write_video(target / mode / f"video{i}.mp4", landscape(rng, 100))
         tables = {"color_easy": random_colors(rng, 0.1), "color_hard": random_colors(rng, 0.2)}
         write_text(target / "colors.json", json.dumps(tables))
         write_text(target / assets.GENERATED, "")
@@ -257,20 +266,21 @@ def get_demo(folder: Path, source: str | None) -> None:
         for name in DAVIS:
             video_folder = assets.root() / "davis/DAVIS/JPEGImages/480p" / name
             video_folder.mkdir(parents=True, exist_ok=True)
-            for t, frame in enumerate(landscape(rng, 6, 192)):
+            for t, frame in enumerate(landscape(rng, 6)):
                 cv2.imwrite(str(video_folder / f"{t:05d}.jpg"), frame[..., ::-1])
         write_text(assets.root() / "davis" / assets.GENERATED, "")
-    if not any((assets.root() / "matterport").glob("*.glb")):
+    # Without ManiSkill2 there is no trimesh, and no use for rooms.
+    if importlib.util.find_spec("trimesh") and not any((assets.root() / "matterport").glob("*.glb")):
         for i in range(4):
             write_room(assets.root() / f"matterport/generated{i}.glb", rng)
         write_text(assets.root() / "matterport" / assets.GENERATED, "")
     for i in range(4):
-        write_video(folder / f"clip{i}.mp4", landscape(rng, 250, 192))
+        write_video(folder / f"clip{i}.mp4", landscape(rng, 250))
     write_text(folder / assets.GENERATED, "")
     print(f"for dmc_*_video tasks pass --resource_files '{folder}/*.mp4'")
 
 
-def landscape(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
+def landscape(rng: np.random.Generator, frames: int, size: int = 128) -> np.ndarray:
     """Moving pictures (T, H, W, 3) uint8 with the spectrum of natural ones: a camera drifts over two layers."""
     edge = 2 * size
     frequency = np.hypot(np.fft.fftfreq(edge)[:, None], np.fft.rfftfreq(edge)[None, :])

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import platform
+import subprocess
 import sys
 
 import cv2
@@ -279,6 +280,25 @@ def test_tasks_with_models_run_on_stand_ins(make, tmp_path, task):
         assert info["success"] == 0.0
     if task == "turn_faucet":
         np.testing.assert_allclose(simulator(env).faucet.pose.p, [0.1, 0, 0], atol=1e-6)
+
+
+def test_downloads_out_of_local_folders(rooms, tmp_path, monkeypatch, capfd):
+    write_models(tmp_path / "models")
+    assert download.main(["maniskill", "--from", str(tmp_path / "models")]) == 0
+    assert all(
+        realistic_maniskill.assets.find("maniskill", path) for path in realistic_maniskill.MODELS.values() if path
+    )
+    asked = []
+    monkeypatch.setattr(download.subprocess, "run", lambda command, **_: asked.append(command[-1]) or broken)
+    broken = subprocess.CompletedProcess([], 1)
+    assert download.main(["maniskill"]) == 0 and asked == []  # all is there
+    (tmp_path / "assets/maniskill/avoid_obstacles/panda_train_2k.json.gz").unlink()
+    assert download.main(["maniskill"]) == 2 and asked == ["panda_avoid_obstacles"]
+    assert "error: ManiSkill2's downloader failed" in capfd.readouterr().err
+
+    assert download.main(["matterport", "--from", str(rooms)]) == 0
+    assert len(realistic_maniskill.find_scenes("nowhere")) == 3
+    assert download.main(["matterport"]) == 2 and download.main(["matterport", "--from", str(tmp_path / "no")]) == 2
 
 
 # --- one line each ---------------------------------------------------------------------------------------------------

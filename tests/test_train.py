@@ -19,10 +19,8 @@ import tools
 from tests.helpers import ROOT, SMALL, make_agent, make_config
 
 SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
-SHORT += (
-    " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --train_ratio 16 --eval_episode_num 2 --parallel False "
-    + SMALL
-)
+SHORT += " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --actor_start 2 --train_ratio 16"
+SHORT += " --eval_episode_num 2 --parallel False " + SMALL
 
 
 def command(logdir: Path, *argv: str) -> list[str]:
@@ -60,6 +58,7 @@ def test_run_leaves_what_the_readme_says(trained):
     assert [row["step"] for row in episodes] == [80, 160, 240] and episodes[-1]["episode"] == 6
     learned = [row for row in rows if "loss/model_loss" in row]
     assert learned[0]["update"] == 2 and all(np.isfinite(row["loss/model_loss"]) for row in learned)
+    assert ["loss/actor_loss" in row for row in learned] == [False] + [True] * (len(learned) - 1)
     # Updates: 2 at the first of 40 training calls, 1 at the second, then one per policy step, that is 2 per call.
     assert rows[-1]["update"] == 2 + 1 + 38 * 2
     assert [row["step"] for row in learned] == list(range(120, 280, 20))
@@ -128,7 +127,7 @@ def test_stopped_run_resumes(number, tmp_path):
     assert steps == sorted(steps) and updates == sorted(updates), "no row is written twice"
     assert [row["step"] for row in after if "eval/return" in row] == [120, 200, 280, 360, 440]
     final = tools.load_checkpoint(logdir / "latest.pt")
-    assert final["count"]["policy_step"] == 220 and final["agent"]["actor_critic._extra_state"] == updates[-1]
+    assert final["count"]["policy_step"] == 220 and final["agent"]["actor_critic._extra_state"] == updates[-1] - 2
 
 
 def test_resumed_run_restores_everything(trained):
