@@ -93,7 +93,9 @@ def test_only_so_many_at_a_time_and_two_sweeps_share(sweep, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(sweep, tmp_path, number):
     process = sweep("--tasks t --seeds 0,1 -- --sleep 30")
+    deadline = time.monotonic() + 60
     while not (tmp_path / "my runs/t/full/0/metrics.jsonl").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
     code, out, _ = finish(sweep("--tasks t --seeds 0,1 --status -- --sleep 30"))
     assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == ["running", "waiting"]
