@@ -24,7 +24,12 @@ from envs.vector import Vector
 
 __all__ = ["EnvError", "Task", "Vector", "make", "make_vector", "parse_task", "prepare"]
 
-SUITES = {"dmc": "envs.dmc", "ms": "envs.maniskill", "rms": "envs.realistic_maniskill"}
+SUITES = {
+    "dmc": "envs.dmc",
+    "gym": "envs.gymnasium_tasks",
+    "ms": "envs.maniskill",
+    "rms": "envs.realistic_maniskill",
+}
 STREAMS = ("train", "eval")
 
 

@@ -1,5 +1,6 @@
 """The README's commands run as they stand there, only shortened; its options, presets and files exist."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -20,8 +21,8 @@ SHORT += " --envs 1 --parallel False --total_frames 10 --dataset_size 1000 " + S
 
 
 def test_commands_are_found():
-    assert len(COMMANDS) == 6
-    assert all(sum(word in command for command in COMMANDS) == 1 for word in ("_video", "rms_"))
+    assert len(COMMANDS) == 7
+    assert all(sum(word in command for command in COMMANDS) == 1 for word in ("_video", "rms_", "gym_my_env"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,11 +35,13 @@ def test_training_commands_run(command, tmp_path):
     here.mkdir()
     (tmp_path / "distractors").mkdir()
     clip = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    (here / "my_env.py").write_text(README.split("```python\n")[1].split("```")[0])
     tools.save_mp4(tmp_path / "distractors" / "clip.mp4", clip, 10)
     argv = shlex.split(command.replace("$seed", "0"))
     done = subprocess.run(
         [sys.executable, str(ROOT / "dreamer.py"), *argv, *SHORT.split()],
         cwd=here,
+        env=os.environ | {"PYTHONPATH": "."},
         capture_output=True,
         text=True,
         timeout=900,
@@ -60,8 +63,11 @@ def test_set_up_commands_stand_on_the_first_screen():
 def test_options_presets_and_files_exist():
     blocks = yaml.safe_load((ROOT / "configs.yaml").read_text())
     options = tools.flatten(blocks["defaults"]).keys() | {"configs", "help", "upstream", "out", "from"}
+    scripts = (ROOT / "setup/sweep.sh").read_text() + (ROOT / "figures/plot.py").read_text()
+    options |= set(re.findall(r"--(\w+)", scripts))
     assert {name for name in re.findall(r"--([\w.]+)", README) if name not in options} == set()
     presets = re.findall(r"^\| `(\w+)` \| .*\|$", README.split("| preset | for |")[1].split("\n\n")[0], re.MULTILINE)
     assert set(presets) == blocks.keys() - {"defaults"}
     files = re.findall(r"\]\(((?:figures|envs|setup)/[^)]+)\)", README) + re.findall(r"`(\w+\.py)`", README)
+    files.remove("my_env.py")  # the user's
     assert [file for file in files if not (ROOT / file).exists() and not (ROOT / "tests" / file).exists()] == []

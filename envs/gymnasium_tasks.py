@@ -1,0 +1,187 @@
+"""Any environment of gymnasium that renders: `gym_{id}`, for example `gym_HalfCheetah-v5`.
+
+`gym_{module}:{id}` imports a module first, which registers the environment: `gym_my_env:Reach-v0`,
+`gym_ale_py:ALE/Pong-v5`. The module must be importable (installed, or its folder in PYTHONPATH).
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+
+import cv2
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from envs.dmc import check_rendering
+from envs.task import EnvError, Task, two_seeds
+
+TAKEN = {"action", "reward", "is_first", "is_last", "is_terminal"}  # names of replay's own columns
+
+
+def parse(rest: str) -> tuple[str, str, str]:
+    """The id is the whole of `rest`; it must be registered, if need be by the import of its module."""
+    module, _, env_id = rest.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(env_id)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise EnvError(
+            f"unknown task 'gym_{rest}' ({one_line(error)}): write gym_ID with an id that gymnasium knows, or "
+            "gym_MODULE:ID with an importable module (PYTHONPATH) that registers it"
+        ) from error
+    return rest, "", ""
+
+
+def prepare(
+    task: Task,
+    *,
+    size: tuple[int, int],
+    action_repeat: int,
+    seed: np.random.SeedSequence,
+    start: int,
+    task_seed: int | None,
+    **_,
+) -> Callable[[], gymnasium.Env]:
+    """Constructor of the environment. The other options of `envs.prepare` do not apply."""
+    # Many of these environments render with MuJoCo and none says so; the others can do without.
+    with contextlib.suppress(EnvError):
+        check_rendering()
+    own_task_seed, _ = two_seeds(seed, start)
+    return functools.partial(
+        GymnasiumTask,
+        task.domain,
+        size=size,
+        action_repeat=action_repeat,
+        task_seed=own_task_seed if task_seed is None else task_seed,
+    )
+
+
+class GymnasiumTask(gymnasium.Env):
+    """A registered environment, seen by its own rendering.
+
+    Observation: `image` uint8 (H, W, 3), the rendering scaled to `size`, and what the environment itself observes,
+    flattened to float32 (n,) (discrete values one-hot): under its keys if that is a Dict, else as `state`. An
+    observation that is a picture (uint8, one or three channels) is scaled instead; it takes the place of the rendering
+    if it is alone or named `image`.
+
+    Action: Discrete (from 0), or Box [-1, 1] of shape (A,), clipped to it and mapped linearly to the bounds of the
+    environment (an action without bounds is passed as it is). Reward: sum over `action_repeat` inner steps. An episode
+    ends where the environment ends it. `info["success"]` is its `success` or `is_success`.
+
+    Raises:
+        EnvError: the environment cannot be built, does not render, or has other actions or observations than these.
+    """
+
+    def __init__(self, env_id: str, *, size: tuple[int, int] = (64, 64), action_repeat: int = 1, task_seed: int = 0):
+        try:
+            self._env = gymnasium.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+        except Exception as error:  # code of others: a missing package, a missing display, wrong arguments
+            raise EnvError(f"gym_{env_id} cannot be built: {one_line(error)}") from error
+        self._id, self._size, self._action_repeat = env_id, size, action_repeat
+        self._task_seed: int | None = task_seed
+        self._running = False
+        self.action_space = self._make_action_space()
+
+        observed = self._env.observation_space
+        named = isinstance(observed, spaces.Dict)
+        self._parts = dict(observed.items()) if named else {"image" if is_picture(observed) else "state": observed}
+        if wrong := TAKEN.intersection(self._parts):
+            raise EnvError(f"gym_{env_id} has an observation {wrong.pop()!r}, a name taken by replay: rename it")
+        self._named = named
+        self.observation_space = spaces.Dict(
+            {"image": spaces.Box(0, 255, (*size, 3), np.uint8)}
+            | {key: self._part_space(key, space) for key, space in self._parts.items()}
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        # Seeded once: later episodes go on with the environment's own generator.
+        observation, _ = self._env.reset(seed=self._task_seed if seed is None else seed)
+        self._task_seed = None
+        self._running = True
+        return self._observe(observation), {}
+
+    def step(self, action):
+        if not self._running:
+            raise RuntimeError("step() called on an environment that needs reset()")
+        if not np.isfinite(action).all():
+            raise ValueError(f"action is not finite: {action}")
+        inner_action, reward = self._inner_action(action), 0.0
+        for _ in range(self._action_repeat):
+            observation, step_reward, terminated, truncated, info = self._env.step(inner_action)
+            reward += float(step_reward)
+            if terminated or truncated:
+                break
+        self._running = not (terminated or truncated)
+        success = float(info.get("success", info.get("is_success", 0.0)))
+        return self._observe(observation), reward, bool(terminated), bool(truncated), {"success": success}
+
+    def close(self) -> None:
+        self._running = False
+        self._env.close()
+
+    def _make_action_space(self) -> spaces.Space:
+        space = self._env.action_space
+        if isinstance(space, spaces.Discrete):
+            return spaces.Discrete(int(space.n))
+        if not (isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)):
+            raise EnvError(f"gym_{self._id} has actions {space}: only Box of floats and Discrete are supported")
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        self._low = np.where(bounded, space.low, -1.0)
+        self._high = np.where(bounded, space.high, 1.0)
+        return spaces.Box(-1.0, 1.0, (int(np.prod(space.shape)),), np.float32)
+
+    def _inner_action(self, action):
+        space = self._env.action_space
+        if isinstance(space, spaces.Discrete):
+            return int(action) + int(space.start)
+        action = np.clip(np.asarray(action, np.float64), -1.0, 1.0).reshape(space.shape)
+        return (self._low + (action + 1.0) / 2.0 * (self._high - self._low)).astype(space.dtype)
+
+    def _part_space(self, key: str, space: spaces.Space) -> spaces.Box:
+        if is_picture(space):
+            return spaces.Box(0, 255, (*self._size, space.shape[-1] if key != "image" else 3), np.uint8)
+        try:
+            return spaces.Box(-np.inf, np.inf, (spaces.flatdim(space),), np.float32)
+        except (ValueError, NotImplementedError) as error:
+            raise EnvError(f"gym_{self._id} observes {key} as {space}, which has no fixed size") from error
+
+    def _observe(self, observation) -> dict[str, np.ndarray]:
+        values = observation if self._named else dict.fromkeys(self._parts, observation)
+        result = {
+            key: self._scale(values[key], self.observation_space[key].shape[-1])
+            if is_picture(space)
+            else np.asarray(spaces.flatten(space, values[key]), np.float32)
+            for key, space in self._parts.items()
+        }
+        return result if "image" in result else result | {"image": self._scale(self._render(), 3)}
+
+    def _render(self) -> np.ndarray:
+        try:
+            picture = self._env.render()
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise EnvError(f"gym_{self._id} cannot render: {one_line(error)}") from error
+        if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[-1] != 3:
+            raise EnvError(f"gym_{self._id} renders {type(picture).__name__} in mode rgb_array, not an (H, W, 3) array")
+        return picture
+
+    def _scale(self, picture: np.ndarray, channels: int) -> np.ndarray:
+        height, width = self._size
+        scaled = cv2.resize(np.ascontiguousarray(picture, np.uint8), (width, height), interpolation=cv2.INTER_AREA)
+        return np.broadcast_to(scaled.reshape(height, width, -1), (height, width, channels)).copy()
+
+
+def is_picture(space: spaces.Space) -> bool:
+    return (
+        isinstance(space, spaces.Box)
+        and space.dtype == np.uint8
+        and len(space.shape) == 3
+        and space.shape[-1] in (1, 3)
+    )
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,173 @@
+"""One self-contained HTML page about runs: curves, results, what differs, videos, settings and versions.
+
+python figures/report.py ./log --out report.html
+
+Curves and results follow the rules of figures/plot.py, which takes the same options.
+"""
+
+import base64
+import html
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tools
+from figures import plot
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
+img { max-width: 100% } .note { color: #666; font-size: .9em }
+table { border-collapse: collapse; font-size: .9em } .wide { overflow-x: auto }
+th, td { text-align: left; vertical-align: top; padding: .2em .8em .2em 0; border-bottom: 1px solid #eee }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums }
+.videos { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 200px; font-size: .85em }
+video { width: 200px; image-rendering: pixelated; background: #000 }
+"""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """HTML of a table; numbers are set to the right."""
+
+    def cell(tag: str, text: str, like) -> str:
+        kind = ' class="number"' if isinstance(like, int | float) else ""
+        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
+
+    def text(value) -> str:
+        if not isinstance(value, int | float):
+            return str(value)
+        return "-" if value != value else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    head = "".join(cell("th", name, like) for name, like in zip(header, rows[0], strict=True))
+    body = "\n".join(f"<tr>{''.join(cell('td', text(value), value) for value in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def curves(results: plot.Results) -> str:
+    file = io.BytesIO()
+    figure = plot.draw(results)
+    figure.savefig(file, dpi=130, format="png")
+    plot.plt.close(figure)
+    return f'<img alt="learning curves" src="{data_uri("image/png", file.getvalue())}">'
+
+
+def final(results: plot.Results) -> str:
+    header = ["task", "method", "step", results.metric, "95% low", "95% high", "runs"]
+    rows = [(*name, *map(float, point[:4]), point.runs) for name, point in results.final.items()]
+    return table(header, rows) if rows else "<p>The runs of no task have a bin in common.</p>"
+
+
+def progress(runs: Sequence[plot.Run]) -> str:
+    """A row per run: how far it is, what it returned last and how long it took."""
+    rows = []
+    for run in runs:
+        last = plot.read_rows(run.logdir)[-1]
+        state = "finished" if run.steps[-1] >= run.config["steps"] else f"of {run.config['steps']:,}"
+        hours = round(last.get("time", float("nan")) / 3600, 2)
+        rows.append(
+            (run.task, run.method, str(run.seed), last["step"], state, float(run.values[-1]), hours, run.logdir)
+        )
+    return table(["task", "method", "seed", "step", "", "last value", "hours", "folder"], rows)
+
+
+def differences(runs: Sequence[plot.Run]) -> tuple[str, str]:
+    """Tables of the options that differ between runs, one column per (task, method), and of those that all share."""
+    groups = plot.group(runs)
+    keys = [key for key in runs[0].config if key not in ("task", "logdir", "seed")]
+    shown = {key: [json.dumps(run.config[key]) for run in runs] for key in keys}
+    different = [key for key in keys if len(set(shown[key])) > 1]
+    columns = []
+    for found in groups.values():
+        columns.append([", ".join(sorted({json.dumps(run.config[key]) for run in found})) for key in different])
+    header = ["option", *(f"{task} {method}" for task, method in groups)]
+    rows = [(key, *values) for key, *values in zip(different, *columns, strict=True)]
+    shared = table(["option", "value"], [(key, shown[key][0]) for key in keys if key not in different])
+    return table(header, rows) if rows else "<p>None but task and seed.</p>", shared
+
+
+def videos(runs: Sequence[plot.Run]) -> str:
+    """The latest evaluation video of every run that has one, of each task it is evaluated on."""
+    figures = []
+    for run in runs:
+        latest = {}
+        for path in sorted((run.logdir / "video").glob("eval*.mp4"), key=plot.natural):
+            latest[path.stem.rpartition("_")[0]] = path
+        for path in latest.values():
+            name, _, step = path.stem.rpartition("_")
+            variant = name.removeprefix("eval").removesuffix("policy").strip("_")
+            caption = f"{run.task}, {run.method}, seed {run.seed}, step {step} {variant}"
+            source = data_uri("video/mp4", path.read_bytes())
+            figures.append(
+                f'<figure><video controls autoplay loop muted playsinline src="{source}"></video>'
+                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            )
+    return f'<div class="videos">{"".join(figures)}</div>' if figures else "<p>The runs have none.</p>"
+
+
+def versions(runs: Sequence[plot.Run]) -> str:
+    """A row per combination of commit, device and versions among all starts of the runs, and how many starts."""
+    starts = [start for run in runs for start in tools.read_config(run.logdir)["runs"]]
+    names = plot.unique(name for start in starts for name in start["versions"])
+    rows = []
+    for start in starts:
+        commit = (start["git"]["commit"] or "unknown")[:12] + (" with changes" if start["git"]["dirty"] else "")
+        rows.append((commit, start["device"], *(start["versions"].get(name) or "-" for name in names)))
+    counted = [(*row, rows.count(row)) for row in plot.unique(rows)]
+    return table(["commit", "device", *names, "starts"], counted)
+
+
+def page(runs: Sequence[plot.Run], results: plot.Results) -> str:
+    """The whole page, HTML."""
+    different, shared = differences(runs)
+    tasks = plot.unique(run.task for run in runs)
+    title = f"{', '.join(tasks[:3])}{' ...' if len(tasks) > 3 else ''}: {len(runs)} runs"
+    published = plot.unique(method for _, method in results.published)
+    dashed = f" Dashed: published curves of {', '.join(published)}." if published else ""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p class="note">Written {time.strftime("%Y-%m-%d %H:%M %Z")}.</p>
+<h2>Curves</h2>
+{curves(results)}
+<p class="note">Interquartile mean over runs with a 95% interval by stratified bootstrap; bins of {results.width:g}
+frames. Pale: some runs have not got there. With fewer than four runs it is the mean, and the interval is too narrow to
+rely on.{html.escape(dashed)}</p>
+<h2>Final results</h2>
+{final(results)}
+<p class="note">In the latest bin that all runs of a task have.</p>
+<h2>Runs</h2>
+{progress(runs)}
+<h2>What differs</h2>
+{different}
+<h2>Latest evaluation videos</h2>
+{videos(runs)}
+<h2>Versions</h2>
+{versions(runs)}
+<h2>Settings that all share</h2>
+<details><summary>Show</summary>{shared}</details>
+</body></html>
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = plot.arguments(__doc__, "report.html").parse_args(argv)
+    try:
+        text = page(*plot.load(args))
+        Path(args.out).write_text(text)
+    except (tools.UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Trains tasks x methods x seeds, some at a time, in LOGDIR/TASK/METHOD/SEED. The same command again skips what is
+# finished and resumes what was interrupted; started twice, also on another GPU or on a machine that shares the folder,
+# the two share the work.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+usage: setup/sweep.sh --logdir DIR --tasks A,B [--seeds 0,1,2] [--methods full,nomlr] [--jobs N] [--status] [-- OPTIONS]
+
+  --methods  comma-separated: full, nomlr, nosimsr, neither (no latent reconstruction, no bisimulation), or options of
+             dreamer.py as key=value, joined by +: mask_ratio=0.3 or nomlr=True+patch_size=8+block_size=8
+  --jobs     runs at a time (default 1); give each its share of the cores with -- --threads N
+  --status   print the table and exit
+  OPTIONS    for every run, for example --configs dmc_vision
+
+  CUDA_VISIBLE_DEVICES=0 setup/sweep.sh --logdir ./sweep --tasks dmc_walker_stand --seeds 0,1,2 \
+    --methods full,nomlr,nosimsr,neither,mask_ratio=0.3,mask_ratio=0.7 -- --configs dmc_vision
+END
+}
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+{ # bash reads a script as it goes; in braces it reads all of it first, so that a checkout may change during a sweep
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
+logdir='' tasks='' seeds=0 methods=full jobs=1 status=''
+while [ $# -gt 0 ]; do
+  case $1 in
+  -h | --help) usage && exit ;;
+  --) shift && break ;;
+  --status) status=1 && shift && continue ;;
+  --logdir | --tasks | --seeds | --methods | --jobs)
+    [ $# -gt 1 ] || die "$1 needs a value"
+    printf -v "${1#--}" %s "$2" && shift 2
+    ;;
+  *) die "unknown option $1: options of dreamer.py come after --, see setup/sweep.sh --help" ;;
+  esac
+done
+options=("$@")
+[ -n "$logdir" ] || die "--logdir is missing: the folder of all runs"
+[ -n "$tasks" ] || die "--tasks is missing: for example --tasks dmc_walker_stand,dmc_cheetah_run"
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs takes a number of runs, not '$jobs'"
+[[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--seeds takes numbers such as 0,1,2, not '$seeds'"
+
+# The flags of a method, one per line.
+flags() {
+  local part parts
+  case $1 in
+  full) ;;
+  nomlr | nosimsr) echo "--$1=True" ;;
+  neither) printf '%s\n' --nomlr=True --nosimsr=True ;;
+  *)
+    IFS=+ read -ra parts <<<"$1"
+    for part in "${parts[@]}"; do
+      [[ $part =~ ^[a-zA-Z_.]+=.+$ ]] ||
+        die "unknown method '$1': full, nomlr, nosimsr, neither, or key=value joined by +, such as mask_ratio=0.3"
+      echo "--$part"
+    done
+    ;;
+  esac
+}
+
+# Every run of the sweep: its folder and, in `commands`, its command in a form that the shell reads back.
+runs=() commands=()
+IFS=, read -ra all_tasks <<<"$tasks"
+IFS=, read -ra all_methods <<<"$methods"
+IFS=, read -ra all_seeds <<<"$seeds"
+for task in "${all_tasks[@]}"; do
+  for method in "${all_methods[@]}"; do
+    lines=$(flags "$method")
+    mapfile -t own <<<"$lines"
+    [ -n "$lines" ] || own=()
+    for seed in "${all_seeds[@]}"; do
+      run=$logdir/${task//[\/:]/_}/${method//\//_}/$seed
+      command=(python -u "$root/dreamer.py" "${options[@]}" --task "$task" --seed "$seed" "${own[@]}" --logdir "$run")
+      runs+=("$run") commands+=("${command[*]@Q}")
+    done
+  done
+done
+
+# sweep.done holds the command that finished, so that another --steps counts as unfinished.
+finished() { [ "$(cat "${runs[$1]}/sweep.done" 2>/dev/null)" = "${commands[$1]}" ]; }
+
+state() {
+  local run=${runs[$1]}
+  if finished "$1"; then
+    echo finished
+  elif [ ! -e "$run/sweep.lock" ]; then
+    echo waiting
+  elif ! flock --nonblock "$run/sweep.lock" true; then
+    echo running
+  elif [ -e "$run/sweep.failed" ]; then
+    echo failed
+  else
+    echo interrupted
+  fi
+}
+
+table() {
+  local i run step return
+  printf '%-12s %10s %10s  %s\n' state step return run
+  for i in "${!runs[@]}"; do
+    run=${runs[$i]} step=- return=-
+    if [ -s "$run/metrics.jsonl" ]; then
+      step=$(tail -n 1 "$run/metrics.jsonl" | sed -nE 's/^\{"step": ([0-9]+).*/\1/p')
+      return=$(sed -nE 's/.*"eval\/return": (-?[0-9]+\.?[0-9]?).*/\1/p' "$run/metrics.jsonl" | tail -n 1)
+    fi
+    printf '%-12s %10s %10s  %s\n' "$(state "$i")" "${step:--}" "${return:--}" "$run"
+    [ ! -e "$run/sweep.failed" ] || finished "$i" || tail -n 1 "$run/sweep.log" | sed 's/^/  /'
+  done
+}
+
+# Runs by process. The process holds the lock of its run as long as it lives, even if this script is killed.
+declare -A running=()
+busy=75
+
+start() {
+  local command
+  eval "command=(${commands[$1]})"
+  mkdir -p "${runs[$1]}"
+  (
+    exec 9>>"${runs[$1]}/sweep.lock"
+    flock --timeout 0.2 9 || exit "$busy" # not at once: --status takes it for a moment
+    ! finished "$1" || exit 0
+    rm -f "${runs[$1]}/sweep.failed"
+    exec "${command[@]}" >>"${runs[$1]}/sweep.log" 2>&1
+  ) &
+  running[$!]=$1
+}
+
+# Waits for one process to end and notes how.
+reap() {
+  local pid='' code=0 run
+  wait -n -p pid || code=$?
+  [ -n "${pid:-}" ] || return 0 # a signal came; the processes have been told
+  run=${runs[${running[$pid]}]}
+  case $code in
+  0) echo "${commands[${running[$pid]}]}" >"$run/sweep.done" ;;
+  "$busy" | 130 | 143) ;;
+  *) echo "$code" >"$run/sweep.failed" ;;
+  esac
+  unset "running[$pid]"
+}
+
+if [ -n "$status" ]; then
+  table
+  exit
+fi
+python -c '' 2>/dev/null || die "no python: put setup/run.sh before this command"
+stopped=''
+stop() {
+  stopped=$1
+  kill -TERM "${!running[@]}" 2>/dev/null || true # each saves and ends
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+for i in "${!runs[@]}"; do
+  ! finished "$i" || continue
+  while [ ${#running[@]} -ge "$jobs" ]; do reap; done
+  [ -z "$stopped" ] || break
+  start "$i"
+done
+while [ ${#running[@]} -gt 0 ]; do reap; done
+table
+[ -z "$stopped" ] || exit "$stopped"
+for i in "${!runs[@]}"; do
+  [ "$(state "$i")" != failed ] || exit 1
+done
+exit
+}

@@ -1,0 +1,208 @@
+"""Plots and report: statistics, binning, grouping, files, unfinished and broken runs."""
+
+import base64
+import csv
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tools
+from figures import plot, report
+
+
+def write_run(folder, values, *, steps=None, task="dmc_walker_stand", seed=0, key="eval/return", **options):
+    """A run's files as dreamer.py leaves them, with `values` at `steps` (default every 100 frames)."""
+    config = tools.load_config(["--eval_every", "100", "--steps", "500"])
+    vars(config).update(task=task, seed=seed, logdir=str(folder), **options)
+    tools.save_config(config, folder, ["--seed", str(seed)])
+    steps = steps or [100 * (i + 1) for i in range(len(values))]
+    rows = [json.dumps({"step": s, key: v, "time": 36.0}) for s, v in zip(steps, values, strict=True)]
+    # Other rows in between, as in every run.
+    (folder / "metrics.jsonl").write_text("\n".join(['{"step": 1, "episode/return": 1.0}', *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """2 tasks x 2 methods x 2 seeds; one run is unfinished and one was killed while it wrote a line."""
+    for task, level in [("dmc_walker_stand", 100.0), ("dmc_cheetah_run", 500.0)]:
+        for seed in range(2):
+            full = write_run(tmp_path / task / "full" / str(seed), [level + seed, level + 10], task=task, seed=seed)
+            values = [level / 2] * (1 if seed else 2)
+            write_run(tmp_path / task / "neither" / str(seed), values, task=task, seed=seed, nomlr=True, nosimsr=True)
+    with open(full / "metrics.jsonl", "a") as file:
+        file.write('{"step": 300, "eval/ret')
+    return tmp_path
+
+
+# --- statistics
+
+
+def test_iqm_is_the_mean_of_the_middle_half():
+    assert plot.iqm([np.array([0.0, 10.0, 20.0, 1000.0])])[0] == 15
+    assert plot.iqm([np.array([0.0, 10.0]), np.array([20.0, 1000.0])])[0] == 15
+    assert plot.iqm([np.array([1.0, 2.0, 6.0])])[0] == 3  # too few to cut
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    draws = rng.normal(size=(200, 20))
+    covered = [low <= 0 <= high for _, low, high in (plot.iqm([draw]) for draw in draws)]
+    assert 0.86 < np.mean(covered) < 0.99
+
+
+def test_the_bootstrap_is_stratified():
+    """Runs are drawn within their task: the gap between two tasks must not widen the interval."""
+    rng = np.random.default_rng(0)
+    easy, hard = rng.normal(900, 5, 6), rng.normal(100, 5, 6)
+    mean, low, high = plot.iqm([easy, hard])
+    assert low <= mean <= high and high - low < 40
+    _, low, high = plot.iqm([np.concatenate([easy, hard])])
+    assert high - low > 100
+
+
+def test_one_run_has_no_interval():
+    assert plot.iqm([np.array([5.0])])[0] == 5 and np.isnan(plot.iqm([np.array([5.0])])[1:]).all()
+
+
+def test_bins():
+    """Left closed; the mean of a run's rows counts once; a run that has not got there is left out and told."""
+    one = plot.Run("t", "m", 0, np.array([99.0, 100.0, 150.0, 200.0]), np.array([1.0, 2.0, 4.0, 8.0]))
+    two = plot.Run("t", "m", 1, np.array([100.0]), np.array([5.0]))
+    points = plot.curve([one, two], 100)
+    assert [(p.step, p.iqm, p.runs, p.complete) for p in points] == [
+        (99, 1, 1, False),
+        (112.5, 4, 2, True),
+        (200, 8, 1, False),
+    ]
+
+
+# --- reading
+
+
+def test_runs_are_grouped_by_task_and_by_what_differs(sweep):
+    groups = plot.group(plot.read_runs([sweep]))
+    assert {name: len(runs) for name, runs in groups.items()} == {
+        (task, method): 2
+        for task in ("dmc_walker_stand", "dmc_cheetah_run")
+        for method in ("HRSSM", "HRSSM nomlr nosimsr")
+    }
+
+
+def test_names_of_methods(tmp_path, capsys):
+    write_run(tmp_path / "a", [1.0], mask_ratio=0.3, threads=2)
+    write_run(tmp_path / "b", [1.0], mask_ratio=0.7, threads=4)
+    write_run(
+        tmp_path / "c", [1.0], task="dmc_cheetah_run", mask_ratio=0.7, action_repeat=4
+    )  # with the task, not within
+    methods = [run.method for run in plot.read_runs([tmp_path], method="ours")]
+    assert methods == ["ours mask_ratio 0.3", "ours mask_ratio 0.7", "ours mask_ratio 0.7"]
+    write_run(tmp_path / "d", [1.0], mask_ratio=0.3, patch_size=8, block_size=2, encoder_tau=0.1)
+    assert {run.method for run in plot.read_runs([tmp_path])} == {"HRSSM #1", "HRSSM #2", "HRSSM #3"}
+    assert "HRSSM #1: mask_ratio 0.3, patch_size 10" in capsys.readouterr().out
+
+
+def test_a_row_that_comes_again_replaces_the_first_and_null_is_no_value(tmp_path):
+    write_run(tmp_path / "a", [1.0, 2.0, 3.0, None], steps=[100, 200, 200, 300])
+    (run,) = plot.read_runs([tmp_path / "a"])
+    assert (run.steps.tolist(), run.values.tolist()) == ([100, 200], [1, 3])
+
+
+def test_runs_that_cannot_be_used_cost_a_warning(sweep, capsys):
+    broken = write_run(sweep / "broken", [1.0])
+    (broken / "config.json").write_text("{")
+    write_run(sweep / "empty", [])
+    (write_run(sweep / "gone", [1.0]) / "metrics.jsonl").unlink()
+    assert len(plot.read_runs([sweep, sweep / "nowhere"])) == 8
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 4
+    for name, reason in [("broken", "cannot read"), ("empty", "no eval/return yet"), ("gone", "no eval/return yet")]:
+        assert any(name in line and reason in line for line in warnings), warnings
+
+
+def test_the_same_run_named_twice_counts_once(sweep, capsys):
+    assert len(plot.read_runs([sweep, sweep / "dmc_cheetah_run"])) == 8
+    write_run(sweep / "again", [1.0], seed=1)
+    plot.read_runs([sweep])
+    assert "2 runs of dmc_walker_stand, HRSSM, seed 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [plot, report])
+def test_nothing_to_plot(script, tmp_path, capsys):
+    assert script.main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nothing to plot")
+    assert script.main([str(write_run(tmp_path / "a", [1.0])), "--metric", "eval/nope"]) == 2
+
+
+# --- files
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_files(sweep, tmp_path):
+    published = [
+        {"task": "dmc_walker_stand", "method": "other", "seed": s, "xs": [50, 150, 9000], "ys": [7.0, s, 9.0]}
+        for s in range(4)
+    ]
+    (tmp_path / "p.json.gz").write_bytes(gzip.compress(json.dumps(published).encode()))
+    assert plot.main([str(sweep), "--out", str(tmp_path / "c.png"), "--published", str(tmp_path / "p.json.gz")]) == 0
+    picture = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
+    for color in plot.COLORS[:2]:
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (picture == rgb).all(-1).sum() > 50  # lines of two methods
+    assert (tmp_path / "c.pdf").read_bytes().startswith(b"%PDF")
+
+    points = {(r["source"], r["task"], r["method"], float(r["step"])): r for r in rows(tmp_path / "c.csv")}
+    assert float(points["run", "dmc_walker_stand", "HRSSM", 100]["iqm"]) == 100.5
+    assert points["run", "dmc_walker_stand", "HRSSM nomlr nosimsr", 200]["runs"] == "1"
+    assert float(points["published", "dmc_walker_stand", "other", 150]["iqm"]) == 1.5
+    assert max(step for *_, step in points) == 200  # published curves end where ours do
+
+    final = {(r["task"], r["method"]): r for r in rows(tmp_path / "c_final.csv")}
+    assert float(final["dmc_walker_stand", "HRSSM"]["step"]) == 100  # one run is unfinished
+    assert float(final["all tasks", "HRSSM"]["iqm"]) == pytest.approx(np.mean([100, 101, 500, 501][1:3]))
+    assert final["all tasks", "HRSSM"]["runs"] == "4"
+
+
+def test_returns_of_different_scales_are_not_averaged(sweep, capsys):
+    write_run(sweep / "gym", [-5.0], task="gym_Pendulum-v1")
+    args = plot.arguments("", "x").parse_args([str(sweep)])
+    assert ("all tasks", "HRSSM") not in plot.load(args)[1].final
+    assert "--same_scale" in capsys.readouterr().err
+    args.same_scale = True
+    assert ("all tasks", "HRSSM") in plot.load(args)[1].final
+
+
+def test_published_csv(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("task,method,seed,step,value\nt,m,0,20,2\nt,m,0,10,1\nt,m,1,10,3\n")
+    one, two = plot.read_published(str(path))
+    assert (one.seed, one.steps.tolist(), one.values.tolist(), two.seed) == (0, [10, 20], [1, 2], 1)
+    for text in ("a,b\n1,2\n", "task,method,seed,step,value\nt,m,0,x,2\n"):
+        path.write_text(text)
+        with pytest.raises(tools.UserError, match="columns task, method, seed, step, value"):
+            plot.read_published(str(path))
+
+
+def test_report_is_one_self_contained_page(sweep):
+    run = sweep / "dmc_walker_stand" / "full" / "0"
+    (run / "video").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
+    for step, frames in zip((900, 1000), noise, strict=True):
+        tools.save_mp4(run / "video" / f"eval_policy_{step}.mp4", frames, 10)
+    write_run(sweep / "<b>", [1.0], task="dmc_<b>_run")
+    assert report.main([str(sweep), "--out", str(sweep / "r.html")]) == 0
+    page = (sweep / "r.html").read_text()
+    (video,) = re.findall(r'src="data:video/mp4;base64,([^"]+)"', page)
+    assert base64.b64decode(video) == (run / "video" / "eval_policy_1000.mp4").read_bytes()  # the latest
+    assert len(re.findall(r'<img [^>]*src="data:image/png;base64', page)) == 1
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "dmc_<b>" not in page and "dmc_&lt;b&gt;" in page
+    assert "<tr><td>nomlr</td>" in page and tools.package_version("torch") in page
