@@ -261,14 +261,16 @@ class ActorCritic(nn.Module):
 
         `reward_fn(feat, action)` -> (H,N) replaces the reward head.
         """
-        with frozen(world_model, self.critic), autocast(start.deter, self.bf16):
+        with frozen(world_model), autocast(start.deter, self.bf16):
             states, action, policy = self.imagine(world_model.rssm, start)
             entropy = policy.entropy()
             # (H, N, F)
             feat = states.feat
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
             discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
-            value = self.critic(feat).mode.squeeze(-1)
+            # Serves both losses; each takes its gradient of its own parameters only.
+            critic_out = self.critic.outputs(feat)
+        value = self.critic.distribution(critic_out).mode.squeeze(-1)
         state_entropy = world_model.rssm.entropy(states) if self.actor_state_entropy > 0 else None
         if self.future_entropy:
             reward = reward + self.actor_entropy * entropy
@@ -298,8 +300,7 @@ class ActorCritic(nn.Module):
                 objective = objective + self.actor_state_entropy * state_entropy[:-1]
         actor_loss = -(weight * objective).mean()
 
-        with autocast(start.deter, self.bf16):
-            critic = self.critic(feat[:-1].detach())
+        critic = self.critic.distribution(critic_out[:-1])
         log_likelihood = critic.log_prob(returns.detach())
         if self.slow_critic is not None:
             with torch.no_grad(), autocast(start.deter, self.bf16):
@@ -325,7 +326,7 @@ class ActorCritic(nn.Module):
         self.update_slow_critic()
         start = start.map(lambda x: x.detach().flatten(0, 1))
         actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
-        metrics |= self.actor_optimizer.step(actor_loss)
+        metrics |= self.actor_optimizer.step(actor_loss, retain_graph=True)
         metrics |= self.value_optimizer.step(value_loss)
         return metrics
 

@@ -24,8 +24,10 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 def draw_onehot(probs: Tensor) -> Tensor:
-    """One exact one-hot draw per row of `probs` (..., K), by an exponential race: no host sync, any device."""
-    index = (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
+    """One one-hot draw per row of `probs` (..., K), by inverting the cumulative sum: one random number a row, no sync."""
+    cumulative = probs.cumsum(-1)
+    threshold = torch.rand_like(probs[..., :1]) * cumulative[..., -1:]
+    index = (cumulative[..., :-1] <= threshold).sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
@@ -239,10 +241,13 @@ class ConvSame(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         pads = []
-        for size, kernel in zip(x.shape[:-3:-1], self.kernel_size[::-1], strict=True):
+        for size, kernel in zip(x.shape[-2:], self.kernel_size, strict=True):
             total = max((math.ceil(size / 2) - 1) * 2 + kernel - size, 0)
-            pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(x, pads))
+            pads.append((total // 2, total % 2))
+        (height, below), (width, right) = pads
+        if below or right:
+            x = F.pad(x, (0, right, 0, below))
+        return F.conv2d(x, self.weight, stride=2, padding=(height, width))
 
 
 class ConvEncoder(nn.Module):
@@ -466,7 +471,14 @@ class ScalarHead(MLP):
         self.register_buffer("buckets", torch.linspace(-20.0, 20.0, self.BUCKETS), persistent=False)
 
     def forward(self, feat: Tensor) -> TwoHot | UnitNormal | Bernoulli:
-        out = super().forward(feat)
+        return self.distribution(self.outputs(feat))
+
+    def outputs(self, feat: Tensor) -> Tensor:
+        """The network's outputs, parameters of the distribution."""
+        return super().forward(feat)
+
+    def distribution(self, out: Tensor) -> TwoHot | UnitNormal | Bernoulli:
+        """Distribution from the network's outputs."""
         if self.dist == "symlog_disc":
             return TwoHot(out, self.buckets)
         return UnitNormal(out) if self.dist == "normal" else Bernoulli(out)
@@ -661,25 +673,25 @@ class RSSM(nn.Module):
 
     def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
         """q(z | h, e) for any leading axes."""
-        return self._posterior(deter, self._embed_part(embed), sample)
+        return self._posterior(deter, self._embed_part(embed), self._recurrent_weights()[1], sample)
 
     def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
         """One step of imagination: the prior after `action` (..., A). `embed` serves `shared` posteriors only."""
-        return self.prior(self._recur(state, self._action_part(action, embed)), sample)
+        return self.prior(self._recur(state, self._action_part(action, embed), self._recurrent_weights()[0]), sample)
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
         """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
         inputs = self._filter_inputs(embed, action, is_first)
-        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), sample)
+        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), self._recurrent_weights(), sample)
 
     def observe(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
-        initial = self.initial(is_first.shape[:1])
+        initial, weights = self.initial(is_first.shape[:1]), self._recurrent_weights()
         # What does not depend on the recurrence is computed for all steps at once.
         steps = zip(*(x.unbind(1) for x in (*self._filter_inputs(embed, action, is_first), is_first)), strict=True)
         state, posts = initial, []
         for action_part, embed_part, first in steps:
-            state = self._filter(state, action_part, embed_part, first, initial)
+            state = self._filter(state, action_part, embed_part, first, initial, weights)
             posts.append(state)
         post = stack_states(posts, 1)
         if self.shared:
@@ -697,10 +709,16 @@ class RSSM(nn.Module):
         embed_part: Tensor,
         is_first: Tensor,
         initial: State,
+        weights: tuple[Tensor, Tensor | None],
         sample: bool = True,
     ) -> State:
-        deter = self._recur(where_state(is_first, initial, state), action_part)
-        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, sample)
+        deter = self._recur(where_state(is_first, initial, state), action_part, weights[0])
+        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, weights[1], sample)
+
+    def _recurrent_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Shares of the first layers that see z and h. Cut once per sequence: the gradient of each cut fills a tensor."""
+        post = split_linear(self.post_hidden, self.post_sizes)
+        return split_linear(self.input, self.input_sizes)[0], post[0] if self.temp_post else None
 
     def _action_part(self, action: Tensor, embed: Tensor | None) -> Tensor:
         """Share of the action (and, if `shared`, of the embedding; zeros by default) in the input layer, (..., H)."""
@@ -712,20 +730,17 @@ class RSSM(nn.Module):
         """Share of the embedding in the posterior's first layer, (..., H)."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
-    def _recur(self, state: State, action_part: Tensor) -> Tensor:
+    def _recur(self, state: State, action_part: Tensor, weight: Tensor) -> Tensor:
         """h' = GRU(z, h, a), shape (..., D)."""
-        stoch = state.stoch.reshape(*state.deter.shape[:-1], -1)
-        x = F.linear(stoch, split_linear(self.input, self.input_sizes)[0]) + action_part
+        x = F.linear(state.stoch.reshape(*state.deter.shape[:-1], -1), weight) + action_part
         for layer in list(self.input)[1:]:
             x = layer(x)
         for _ in range(self.rec_depth):
             x = self.cell(x, state.deter)
         return x
 
-    def _posterior(self, deter: Tensor, embed_part: Tensor, sample: bool) -> State:
-        x = embed_part
-        if self.temp_post:
-            x = x + F.linear(deter, split_linear(self.post_hidden, self.post_sizes)[0])
+    def _posterior(self, deter: Tensor, embed_part: Tensor, weight: Tensor | None, sample: bool) -> State:
+        x = embed_part if weight is None else embed_part + F.linear(deter, weight)
         for layer in list(self.post_hidden)[1:]:
             x = layer(x)
         return self._latent(deter, self.post_head(x), sample)

@@ -472,10 +472,13 @@ class Optimizer:
         self.clip, self.weight_decay = clip or math.inf, weight_decay
         self.optimizer = OPTIMIZERS[opt](self.params, lr, eps)
 
-    def step(self, loss: Tensor) -> dict[str, Tensor]:
-        """One update; returns the loss and the gradient norm before clipping, both 0-d tensors."""
+    def step(self, loss: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
+        """One update; returns the loss and the gradient norm before clipping, both 0-d tensors.
+
+        Only gradients of the own parameters are computed, whatever else the loss depends on.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward(inputs=self.params, retain_graph=retain_graph)
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
         if self.weight_decay:
             with torch.no_grad():

@@ -224,18 +224,25 @@ def test_return_norm():
 # --- learning -------------------------------------------------------------------------------------------------------
 
 
-def test_actor_critic_gradients_stay_at_home():
-    """The actor loss reaches only the actor, the value loss only the critic; nothing else is left with a gradient."""
+def test_actor_critic_gradients_stay_at_home(monkeypatch):
+    """The actor learns from the actor loss alone, the critic from the value loss alone, and nothing else learns."""
+    monkeypatch.setattr(networks, "draw_onehot", lambda p: torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p))
+    monkeypatch.setattr(networks, "draw_normal", torch.zeros_like)
     agent, batch = make_agent(), make_batch()
-    start = agent.world_model.loss(batch)[1].raw_post.map(lambda x: x.detach().flatten(0, 1))
-    actor_loss, value_loss, _ = agent.actor_critic.loss(agent.world_model, start)
-    actor_loss.backward()
+    behavior, start = agent.actor_critic, agent.world_model.loss(batch)[1].raw_post.detach()
+    losses = behavior.loss(agent.world_model, start.map(lambda x: x.flatten(0, 1)))[:2]
+    parts = (behavior.actor, behavior.critic)
+    expected = [
+        torch.autograd.grad(loss, list(part.parameters()), retain_graph=True)
+        for loss, part in zip(losses, parts, strict=True)
+    ]
+    behavior.return_norm.quantiles.zero_()
+    behavior.update(agent.world_model, start)
     with_grad = {n.split(".")[1] for n, p in agent.named_parameters() if p.grad is not None}
-    assert with_grad == {"actor"}
-    agent.zero_grad(set_to_none=True)
-    value_loss.backward()
-    with_grad = {n.split(".")[1] for n, p in agent.named_parameters() if p.grad is not None}
-    assert with_grad == {"critic"}
+    assert with_grad == {"actor", "critic"}
+    for part, grads in zip(parts, expected, strict=True):
+        for parameter, grad in zip(part.parameters(), grads, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
     fixed = {".".join(n.split(".")[:3]) for n, p in agent.named_parameters() if not p.requires_grad}
     raw = {"world_model.hybrid.raw_encoder", "world_model.hybrid.raw_rssm"}
     assert {n for n in fixed if "slow_critic" not in n} == raw, "nothing stays frozen that is trained"

@@ -1,0 +1,183 @@
+"""Ours or upstream's program for `bench.py`, in a process of its own because the two share their modules' names.
+
+    python tests/bench_program.py CODE UPSTREAM CONFIG        CODE: ours | upstream; CONFIG: resolved options as JSON
+
+Reads the name of a part per line, runs it once and answers with a JSON line of milliseconds by name.
+"""
+
+import json
+import resource
+import sys
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import gymnasium
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+ACTIONS, EPISODE = 6, 250
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(times: dict, name: str, function):
+    def call(*args, **kwargs):
+        synchronize()
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        synchronize()
+        times[name] = times.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+        return result
+
+    return call
+
+
+def episode(size, rng) -> dict[str, np.ndarray]:
+    """Random experience of one environment, (EPISODE, ...)."""
+    rows = {"image": rng.integers(0, 256, (EPISODE, *size, 3), np.uint8), "orientations": rng.normal(size=(EPISODE, 14))}
+    rows |= {"action": rng.uniform(-1, 1, (EPISODE, ACTIONS)), "reward": rng.uniform(0, 1, EPISODE)}
+    rows = {key: value if value.dtype == np.uint8 else value.astype(np.float32) for key, value in rows.items()}
+    flags = {key: np.zeros(EPISODE, bool) for key in ("is_first", "is_terminal")}
+    flags["is_first"][0] = True
+    return rows | flags
+
+
+def spaces(size) -> dict:
+    box = gymnasium.spaces.Box
+    return {"image": box(0, 255, (*size, 3), np.uint8), "orientations": box(-np.inf, np.inf, (14,), np.float32)}
+
+
+class Gate:
+    """Lets the training loop of a program, which runs in a thread, go one turn at a time."""
+
+    def __init__(self, loop, turn: int):
+        self.turn, self.calls = turn, 0
+        self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
+        threading.Thread(target=loop, args=(self,), daemon=True).start()
+
+    def __call__(self, *_) -> bool:
+        """Called by the loop before every vector step."""
+        if self.calls % self.turn == 0:
+            self.back.release()
+            self.go.acquire()
+        self.calls += 1
+        return False
+
+    def run(self) -> None:
+        if not self.calls:
+            self.back.acquire()
+        self.go.release()
+        self.back.acquire()
+
+
+def ours(config) -> dict:
+    sys.path.insert(0, str(ROOT))
+    import dreamer
+    import tools
+
+    tools.keep_memory()
+    device = dreamer.pick_device(config.device)
+    tools.seed_everything(0)
+    times = {}
+    if config.part == "loop":
+        logdir = Path(config.logdir) / "ours"
+        return {"loop": (Gate(lambda gate: dreamer.train(dreamer.Run(config, logdir, device), gate), config.turn), times)}
+    act_space = gymnasium.spaces.Box(-1, 1, (ACTIONS,))
+    agent = dreamer.make_agent(config, gymnasium.spaces.Dict(spaces(config.size)), act_space, device)
+    sizes = {"batch_size": config.batch_size, "batch_length": config.batch_length}
+    replay = tools.Replay(capacity=8 * EPISODE, num_envs=1, seed=0, extra_rows=EPISODE, **sizes)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        rows = episode(config.size, rng)
+        for t in range(EPISODE):
+            replay.add({key: value[t : t + 1] for key, value in rows.items()})
+    agent.world_model.update = timed(times, "world model", agent.world_model.update)
+    agent.actor_critic.update = timed(times, "actor-critic", agent.actor_critic.update)
+    obs = {key: value[: config.envs] for key, value in rows.items() if key not in ("action", "reward")}
+    batch, carry = replay.sample(), [None]
+
+    def act() -> None:
+        action, carry[0] = agent.policy(obs, carry[0])
+        action.cpu()
+
+    parts = {"update": lambda: agent.update(batch), "sample": replay.sample, "act": act}
+    return {name: (timed(times, name, part), times) for name, part in parts.items()}
+
+
+def theirs(config, root: Path) -> dict:
+    gym = ModuleType("gym")
+    gym.spaces, gym.Env = gymnasium.spaces, object
+    sys.modules["gym"] = gym
+    sys.path.insert(0, str(ROOT / "tests"))
+    import record_upstream
+    from upstream_envs import Wrapper
+
+    gym.Wrapper = Wrapper
+    upstream = record_upstream.import_upstream(root)
+    config.compile = config.video_pred_log = False
+    config.encoder.pop("_", None)
+    times = {}
+    if config.part == "loop":
+        config.logdir = str(Path(config.logdir) / "upstream")
+        config.simple_log, config.eval_episode_num = True, 0
+        simulate = upstream.tools.simulate
+
+        def loop(gate) -> None:
+            def gated(agent, *args, **kwargs):
+                prefill = not isinstance(agent, upstream.Dreamer)
+                gate()
+                return simulate(agent if prefill else lambda *a: (gate(), agent(*a))[1], *args, **kwargs)
+
+            upstream.tools.simulate = gated
+            upstream.main(config)
+
+        return {"loop": (Gate(loop, config.turn), times)}
+    config.num_actions = ACTIONS
+    space = SimpleNamespace(spaces=spaces(config.size))
+    torch.manual_seed(0)
+    rng, cache = np.random.default_rng(0), OrderedDict()
+    for number in range(8):
+        rows = episode(config.size, rng)
+        cache[str(number)] = {key: list(value) for key, value in rows.items()} | {"discount": [1.0] * EPISODE}
+    dataset = upstream.make_dataset(cache, config)
+    agent = upstream.Dreamer(space, None, config, SimpleNamespace(step=0), dataset)
+    agent = agent.to(config.device).requires_grad_(False)
+    agent._wm._train = timed(times, "world model", agent._wm._train)
+    agent._task_behavior._train = timed(times, "actor-critic", agent._task_behavior._train)
+    obs = {key: value[: config.envs] for key, value in rows.items() if key not in ("action", "reward")}
+    batch, carry = next(dataset), [None]
+
+    def act() -> None:
+        with torch.no_grad():
+            output, carry[0] = agent._policy(obs, carry[0], True)
+        output["action"].cpu()
+
+    parts = {"update": lambda: agent._train(batch), "sample": lambda: next(dataset), "act": act}
+    return {name: (timed(times, name, part), times) for name, part in parts.items()}
+
+
+def main() -> None:
+    code, root, options = sys.argv[1:]
+    config = SimpleNamespace(**json.loads(options))
+    torch.set_num_threads(config.threads)
+    answers, sys.stdout = sys.stdout, sys.stderr
+    parts = ours(config) if code == "ours" else theirs(config, Path(root))
+    for line in sys.stdin:
+        part, times = parts[line.strip()]
+        times.clear()
+        start = time.perf_counter()
+        part.run() if isinstance(part, Gate) else part()
+        times.setdefault(line.strip(), 1e3 * (time.perf_counter() - start))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(times | {"peak MiB": peak}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
