@@ -114,6 +114,14 @@ class Agent(nn.Module):
         Imagination starts from the raw branch's posterior. `mask` (T,H,W) bool replaces the random cube mask; without
         `behavior` the world model learns alone.
         """
+        if not behavior:
+            return self.learn(batch, mask, behavior=False)
+        self.actor_critic.update_slow_critic()
+        if isinstance(self.explorer, exploration.Plan2Explore):
+            self.explorer.behavior.update_slow_critic()
+        return self.learn(batch, mask)
+
+    def _update(self, batch: dict[str, Tensor], mask: Tensor | None = None, behavior: bool = True) -> dict[str, Tensor]:
         branches, metrics = self.world_model.update(batch, mask)
         if not behavior:
             return metrics

@@ -257,11 +257,11 @@ class ActorCritic(nn.Module):
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Actor loss, critic loss and metrics from start states (N,*) without gradient.
+        """Actor loss, critic loss and metrics from start states (N,*) without gradient. Needs a `frozen` world model.
 
         `reward_fn(feat, action)` -> (H,N) replaces the reward head.
         """
-        with frozen(world_model), autocast(start.deter, self.bf16):
+        with autocast(start.deter, self.bf16):
             states, action, policy = self.imagine(world_model.rssm, start)
             entropy = policy.entropy()
             # (H, N, F)
@@ -322,15 +322,16 @@ class ActorCritic(nn.Module):
     def update(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """One step for actor and critic from start states (B,T,*); the slow critic moves first."""
-        self.update_slow_critic()
+        """One step for actor and critic from start states (B,T,*). `update_slow_critic` comes before it."""
         start = start.map(lambda x: x.detach().flatten(0, 1))
-        actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
+        with frozen(world_model):
+            actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
         metrics |= self.actor_optimizer.step(actor_loss, retain_graph=True)
         metrics |= self.value_optimizer.step(value_loss)
         return metrics
 
     def update_slow_critic(self) -> None:
+        """Move the slow critic if due. Apart from the update, which may be recorded and cannot count."""
         if self.slow_critic is not None and self.updates % self.slow_target_update == 0:
             hrssm.ema_update(self.slow_critic, self.critic, self.slow_target_fraction)
         self.updates += 1
