@@ -655,6 +655,7 @@ class Replay:
                 path.unlink()
         return {
             "episodes": entries,
+            "capacity": self.capacity,
             "open": [[int(env), numbers.index(number)] for env, number in self.open.items()],
             "recent_files": self.recent_files,
             "saves": self.saves,
@@ -681,7 +682,8 @@ class Replay:
                     self.on_disk[number] = (file, start)
             if i == last_use[file]:
                 del files[file]
-        self._evict()
+        if self.capacity < state["capacity"]:
+            self._evict()
 
     def _new_episode(self, slots: array) -> int:
         self.opened += 1

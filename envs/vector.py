@@ -20,6 +20,7 @@ from envs.task import EnvError, get_state, set_state
 FLAGS = ("is_first", "is_last", "is_terminal")
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 RESTARTS = 3  # of one worker without an episode finished in between
+START_TIMEOUT = 300.0
 WAYS_OUT = "use fewer --envs, a longer --worker_timeout, or --parallel False to see what happens"
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
@@ -49,20 +50,21 @@ class Vector:
     def __init__(self, constructors: Sequence[Callable[[], gymnasium.Env]], *, parallel: bool, timeout: float = 300.0):
         """Build every environment; with `parallel`, each constructor is pickled and called in its own process.
 
-        `timeout`: seconds that a worker may take for an answer, 0 = for ever.
+        `timeout`: seconds that a worker may take for an answer (at its start at least START_TIMEOUT), 0 = for ever.
 
         Raises:
             EnvError: as raised by a constructor, wherever it ran. Nothing is left running.
         """
         self.num_envs, self.restarts = len(constructors), 0
         self._constructors, self._timeout = constructors, timeout or None
+        self._start_timeout = timeout and max(timeout, START_TIMEOUT) or None
         self._slots: list[_Local | _Process] = []
         with self._closed_on_error():
             with _worker_surroundings() if parallel else contextlib.nullcontext():
                 for constructor in constructors:
                     self._slots.append(_Process(constructor) if parallel else _Local(constructor))
             try:
-                properties = [slot.receive(self._timeout) for slot in self._slots]
+                properties = [slot.receive(self._start_timeout) for slot in self._slots]
             except _WorkerLost as error:
                 raise EnvError(f"an environment worker {error}: {WAYS_OUT}") from None
             self.observation_space, self.action_space, self.render_mode = properties[0]
@@ -206,7 +208,7 @@ class Vector:
             # Its own seed would lead to the episodes of the start again.
             self._new_seeds[i] = int(np.random.SeedSequence().generate_state(1)[0])
             try:
-                self._slots[i].receive(self._timeout)
+                self._slots[i].receive(self._start_timeout)
                 return
             except _WorkerLost as again:
                 error = again
