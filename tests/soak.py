@@ -28,7 +28,7 @@ SMALL = (
 SMALL += " --imag_horizon 4 --encoder.cnn_depth 4 --encoder.mlp_units 24 --device cpu --simple_log True --pretrain 2"
 TRAIN = "--configs tiny --task dmc_cartpole_balance --envs 2 --steps 100000000 --time_limit 200 --prefill 100"
 TRAIN += " --eval_every 1200 --eval_episode_num 2 --log_every 200 --save_every 0.5 --dataset_size 2000"
-TRAIN += f" --worker_timeout 20 {SMALL}"
+TRAIN += f" --worker_timeout 40 {SMALL}"
 DOT = "--configs tiny --task gym_tests.soak:Dot-v0 --envs 2 --parallel False --size 16,16 --patch_size 4 --encoder.minres 2"
 DOT += " --steps 400 --time_limit 80 --prefill 20 --eval_every 100 --eval_episode_num 1 --log_every 20 --train_ratio 8"
 DOT += f" --save_every 1e-9 {SMALL}"
@@ -58,7 +58,8 @@ class Dot(gymnasium.Env):
         return np.full((16, 16, 3), self.steps, np.uint8)
 
 
-gymnasium.register("Dot-v0", Dot)
+if __name__ != "__main__":  # `gym_tests.soak:Dot-v0` imports this file by its name
+    gymnasium.register("Dot-v0", Dot)
 
 
 def read(logdir: Path):
