@@ -8,10 +8,15 @@ Counters: `policy_step` counts decisions of the policy summed over environments,
 `eval_every`, `log_every` and `time_limit` are given in frames, `prefill` and `dataset_size` in policy steps.
 """
 
+import copy
+import json
 import math
+import os
 import re
 import signal
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +40,13 @@ class Carry(NamedTuple):
 
     state: State
     action: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.state, self.action]
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor]) -> "Carry":
+        return cls(State(*tensors[:-1]), tensors[-1])
 
 
 class Agent(nn.Module):
@@ -390,11 +402,18 @@ class Run:
         # Until this many policy steps actions are random; the first evaluation comes right after.
         self.prefill = max(config.prefill, config.envs)
         self.count = {"policy_step": 0, "update": 0, "episode": 0, "next_eval": self.prefill, "evaluated": -1}
+        # Updates still to do at this step, undone because of NaN, and environment workers that were replaced.
+        self.count |= {"owed": 0, "skipped": 0, "worker_restarts": 0}
+        # The episodes in progress: whether over (n,), return so far (n,), length so far (n,), the policy's memory.
+        n = config.envs
+        self.live = np.ones(n, bool), np.zeros(n), np.zeros(n, int), None
         self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps)
         if checkpoint:
             self.restore(checkpoint)
         elif config.init_from:
             load_weights(self.agent, config.init_from)
+        self.note_evaluation_state()
+        self.saved_at = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -414,30 +433,60 @@ class Run:
         return self.config.pretrain if self.should_pretrain() else self.should_train(self.count["policy_step"])
 
     def write(self, only: str = "") -> None:
+        for vec in (self.train_envs, *self.eval_envs.values()):
+            self.count["worker_restarts"] += vec.restarts
+            vec.restarts = 0
         counters = {k: self.count[k] for k in ("policy_step", "update", "episode")}
+        counters |= {k: self.count[k] for k in ("skipped", "worker_restarts") if self.count[k]}
         self.logger.write(self.step, only=only, **counters)
 
-    def save(self) -> None:
-        state = {
-            "agent": self.agent.state_dict(),
-            "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
-            "clocks": {k: v.state_dict() for k, v in self.clocks.items()},
-            "count": dict(self.count),
-            "logger": self.logger.state_dict(),
-            "replay": self.replay.save(self.logdir / "replay"),
-            "rng": tools.rng_state(),
-        }
-        tools.save_checkpoint(self.checkpoint_path, state)
+    def learned(self) -> dict:
+        """All that an update changes."""
+        optimizers = {k: v.state_dict() for k, v in self.agent.optimizers.items()}
+        return {"agent": self.agent.state_dict(), "optimizers": optimizers}
 
-    def restore(self, state: dict) -> None:
+    def restore_learned(self, state: dict) -> None:
         self.agent.load_state_dict(state["agent"])
         for name, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+
+    def note_evaluation_state(self) -> None:
+        """Where the next evaluation begins, for the checkpoint: one that is cut short begins anew."""
+        ended = np.zeros(self.config.envs, bool)
+        self.eval_states = {name: vec.state_dict(ended) for name, vec in self.eval_envs.items()}
+
+    def save(self) -> None:
+        done, score, length, carry = self.live
+        state = self.learned() | {
+            "clocks": {k: v.state_dict() for k, v in self.clocks.items()},
+            "count": dict(self.count),
+            "live": [done.tolist(), score.tolist(), length.tolist(), None if carry is None else carry.tensors()],
+            "envs": json.dumps({"train": self.train_envs.state_dict(~done), "eval": self.eval_states}),
+            "logger": self.logger.state_dict(),
+            "rng": tools.rng_state(),
+        }
+        with tools.writing(self.logdir):
+            state["replay"] = self.replay.save(self.logdir / "replay")
+            tools.save_checkpoint(self.checkpoint_path, state)
+        self.saved_at = time.monotonic()
+
+    def restore(self, state: dict) -> None:
+        self.restore_learned(state)
         for name, clock in self.clocks.items():
             clock.load_state_dict(state["clocks"][name])
         self.count = dict(state["count"])
         self.logger.load_state_dict(state["logger"])
         self.replay.load(self.logdir / "replay", state["replay"])
+        saved = json.loads(state["envs"])
+        for name in self.eval_envs.keys() & saved["eval"].keys():
+            self.eval_envs[name].load_state_dict(saved["eval"][name])
+        running = self.train_envs.load_state_dict(saved["train"])
+        # An episode goes on if both its environment and its rows in replay came back.
+        running &= [i in self.replay.open for i in range(len(running))]
+        for i in np.flatnonzero(~running):
+            self.replay.end(i)
+        _, score, length, carry = state["live"]
+        self.live = ~running, np.array(score), np.array(length), carry and Carry.from_tensors(carry)
         tools.set_rng_state(state["rng"])
         print(f"Resumed {self.logdir} at step {self.step} (update {self.count['update']}).", flush=True)
 
@@ -486,6 +535,7 @@ def make_envs(config, stream: str, start: int = 0, task: str = "") -> envs.Vecto
         start=start,
         shared_seed=config.shared_env_seed,
         parallel=config.parallel,
+        timeout=config.worker_timeout,
         **env_options(config),
     )
 
@@ -534,18 +584,20 @@ def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: Fals
             score[done], length[done] = 0.0, 0
         if recording and vec.render_mode == "rgb_array":
             frames.append(vec.render(0))
+            recording = frames[-1] is not None
         elif recording and "image" in obs:
             frames.append(obs["image"][0])
         action, carry = agent.policy(obs, carry, training=False)
         obs, reward, done, info = vec.step(env_action(agent, action))
         score, length = score + reward, length + 1
         recording = recording and not done[0]
-        finished += [(score[i], length[i], info["success"][i]) for i in np.flatnonzero(done)]
+        finished += [(score[i], length[i], info["success"][i]) for i in np.flatnonzero(done & ~info["lost"])]
     if len(finished) < episodes:
         return {}, None
     returns, lengths, successes = np.array(finished[:episodes], np.float64).T
     metrics = {"return": returns.mean(), "return_std": returns.std(), "length": lengths.mean()}
     metrics |= {"success": successes.mean(), "episodes": episodes}
+    frames = [frame for frame in frames if frame is not None]
     return {k: float(v) for k, v in metrics.items()}, np.stack(frames) if frames else None
 
 
@@ -553,46 +605,67 @@ def train(run: Run, stopped) -> None:
     """Collect and learn until the run is finished; `stopped()` ends it early."""
     config, agent, replay, logger, count = run.config, run.agent, run.replay, run.logger, run.count
     vec = run.train_envs
-    random, carry = exploration.Random(agent.actions, agent.discrete), None
-    done, score, length = np.ones(vec.num_envs, bool), np.zeros(vec.num_envs), np.zeros(vec.num_envs, int)
+    random, unchecked = exploration.Random(agent.actions, agent.discrete), []
+    done, score, length, carry = run.live
+    obs = vec.observations()
+
+    def save() -> None:
+        check_updates(run, unchecked)
+        run.live = done, score, length, carry
+        run.save()
+
     while not (run.finished or stopped()):
         if count["policy_step"] >= count["next_eval"]:
+            check_updates(run, unchecked)
+            found, rng = {}, tools.rng_state()
             for name, eval_vec in run.eval_envs.items():
-                metrics, frames = evaluate(agent, eval_vec, config.eval_episode_num, stopped)
-                if stopped():
-                    break
+                found[name] = evaluate(agent, eval_vec, config.eval_episode_num, stopped)
+            if stopped():
+                tools.set_rng_state(rng)
+                break
+            for name, (metrics, frames) in found.items():
                 prefix = f"eval/{name}/" if name else "eval/"
                 logger.scalars({prefix + key: value for key, value in metrics.items()})
                 if frames is not None:
                     logger.video(f"{prefix}policy", frames)
-            if stopped():
-                break
+            run.note_evaluation_state()
             run.write(only="eval/")
             count["next_eval"] += config.eval_every // config.action_repeat
             count["evaluated"] = count["policy_step"]
-            run.save()
+            save()
             continue
+        if config.save_every and time.monotonic() - run.saved_at > 60 * config.save_every:
+            save()
         if done.any():
             obs = vec.reset(done)
             score[done], length[done] = 0.0, 0
             blank = {"action": np.zeros((vec.num_envs, agent.actions), np.float32)}
-            replay.add(rows(obs, **blank, reward=np.zeros(vec.num_envs, np.float32)), np.flatnonzero(done))
+            blank["reward"] = np.zeros(vec.num_envs, np.float32)
+            replay.add(rows(obs, **blank, chosen=done), np.flatnonzero(done))
+            done = np.zeros_like(done)
         if count["policy_step"] < run.prefill:
             action = random.actor(torch.zeros(vec.num_envs, 1)).sample()
         else:
-            for _ in range(run.updates_owed()):
-                behavior = count["update"] >= config.actor_start
-                logger.scalars(grouped(agent.update(replay.sample(), behavior=behavior)))
-                count["update"] += 1
+            count["owed"] = count["owed"] or run.updates_owed()
+            while count["owed"] and not stopped():
+                update(run, replay.sample(), unchecked)
+                count["owed"] -= 1
+            if count["owed"]:
+                break
             if run.should_log(count["policy_step"]):
                 run.write()
             carry = None if run.should_reset(count["policy_step"]) else carry
             action, carry = agent.policy(obs, carry, count["policy_step"])
-        obs, reward, done, info = vec.step(env_action(agent, action))
-        replay.add(rows(obs, action=action.cpu().numpy(), reward=reward))
+        chosen_action = env_action(agent, action)
+        check_updates(run, unchecked)  # after the copy of the action has waited for the device anyway
+        obs, reward, done, info = vec.step(chosen_action)
+        kept = ~info["lost"]
+        replay.add(rows(obs, action=action.cpu().numpy(), reward=reward, chosen=kept), np.flatnonzero(kept))
         count["policy_step"] += vec.num_envs
         score, length = score + reward, length + 1
-        for i in np.flatnonzero(done):
+        for i in np.flatnonzero(~kept):
+            replay.discard(i)
+        for i in np.flatnonzero(done & kept):
             replay.end(i)
             count["episode"] += 1
             episode = {"return": score[i], "length": length[i], "success": info["success"][i]}
@@ -602,12 +675,53 @@ def train(run: Run, stopped) -> None:
             run.write(only="episode/")
         logger.progress(run.step)
     if stopped():
-        run.save()
+        save()
 
 
-def rows(obs: dict[str, np.ndarray], *, action: np.ndarray, reward: np.ndarray) -> dict[str, np.ndarray]:
-    """What replay keeps of a vector step (n, ...)."""
-    return {**{k: v for k, v in obs.items() if k != "is_last"}, "action": action, "reward": reward}
+def rows(obs: dict[str, np.ndarray], *, action: np.ndarray, reward: np.ndarray, chosen: np.ndarray) -> dict:
+    """What replay keeps of a vector step (n, ...), of the environments where `chosen` (n,) is true."""
+    found = {**{k: v for k, v in obs.items() if k != "is_last"}, "action": action, "reward": reward}
+    return {key: values[chosen] for key, values in found.items()}
+
+
+def update(run: Run, batch: dict[str, Tensor], unchecked: list) -> None:
+    """One update and its metrics. With `--on_nan skip` it is undone if it is not finite, else `unchecked` gets it."""
+    config, count = run.config, run.count
+    before = copy.deepcopy(run.learned()) if config.on_nan == "skip" else None
+    metrics = grouped(run.agent.update(batch, behavior=count["update"] >= config.actor_start))
+    watched = {k: v for k, v in metrics.items() if k.startswith(("loss/", "opt/"))}
+    finite = torch.stack(list(watched.values())).isfinite()
+    count["update"] += 1
+    if before is None:
+        unchecked.append((run.step, count["update"], batch, list(watched), finite))
+        # Batches take memory, and on the CPU there is nothing to wait for.
+        if finite.device.type == "cpu" or len(unchecked) > 3:
+            check_updates(run, unchecked)
+    elif not finite.all():
+        run.restore_learned(before)
+        count["skipped"] += 1
+        tools.warn(f"{not_finite(run.step, count['update'], watched, finite)}: undone")
+        return
+    run.logger.scalars(metrics)
+
+
+def check_updates(run: Run, unchecked: list) -> None:
+    """Raise UserError for the first of the `unchecked` updates that is not finite, and keep its batch in the logdir."""
+    while unchecked:
+        step, number, batch, names, finite = unchecked.pop(0)
+        if not finite.all():
+            path = run.logdir / f"nan_{number}.npz"
+            with tools.writing(run.logdir):
+                np.savez(path, **{key: value.cpu().numpy() for key, value in batch.items()})
+            raise tools.UserError(
+                f"{not_finite(step, number, names, finite)}; its batch is in {path}. The last checkpoint "
+                "is from before it: the same command goes on from there, with --on_nan skip such updates are undone"
+            )
+
+
+def not_finite(step: int, number: int, names: Iterable[str], finite: Tensor) -> str:
+    bad = [name.split("/")[1] for name, good in zip(names, finite.tolist(), strict=True) if not good]
+    return f"update {number} at step {step} is not finite ({', '.join(bad)})"
 
 
 def pick_device(name: str) -> torch.device:
@@ -634,18 +748,29 @@ def run(argv: list[str]) -> int:
     if config.eval_only:
         return evaluate_only(config, logdir, device)
     tools.check_config(config, logdir)
+    lock = tools.lock(logdir)
     print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
 
     received = []
+
+    def note(number: int, _) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt  # somebody does not want to wait
+        received.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: received.append(number))
+        signal.signal(number, note)
     training = Run(config, logdir, device)
     # Only now is it known that the options work; a mistyped one must not claim the folder.
     tools.save_config(config, logdir, argv)
     try:
         train(training, lambda: bool(received))
+    except KeyboardInterrupt:
+        print("Stopped at once; what came after the last checkpoint is lost. The same command goes on.", flush=True)
+        return 128 + signal.SIGINT
     finally:
         training.close()
+        os.close(lock)
     if received:
         print(f"Stopped by {signal.Signals(received[0]).name}; saved. The same command goes on.", flush=True)
         return 128 + received[0]

@@ -1,8 +1,10 @@
 """Configuration, seeding, clocks, optimiser, replay, logger and checkpoint. Knows nothing about world models."""
 
+import contextlib
 import copy
 import ctypes
 import difflib
+import fcntl
 import importlib.metadata
 import io
 import json
@@ -17,7 +19,7 @@ import time
 import zipfile
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,16 +47,50 @@ def warn(message: str) -> None:
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file that appears at `path` complete or not at all, also if the machine stops."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)  # what does not fit should not fill the disk either
+        raise
     os.replace(part, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Errors of the disk while a run's files are written become a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror or error}): make room or make it writable; the same command "
+            "then goes on from the last checkpoint"
+        ) from error
+
+
+def lock(folder: Path) -> int:
+    """Make `folder` and claim it until the returned file descriptor is closed or the process ends, however.
+
+    Raises UserError if a live process has it, or if it cannot be written. Where the file system has no locks (some NFS)
+    it warns and goes on.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {folder}: wait for it, or choose another --logdir") from None
+    except OSError as error:
+        warn(f"{folder} cannot be locked ({error.strerror}): make sure that only one process trains there")
+    return file
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
@@ -75,6 +111,7 @@ CHOICES = {
     "imag_gradient": "dynamics|reinforce|both",
     "img_source": "video|images|color|noise",
     "initial": "learned|zeros",
+    "on_nan": "stop|skip",
     "opt": "adam|adamax|nadam|sgd|momentum",
     "precision": "32|16",
     "reward_head": "symlog_disc|normal",
@@ -84,8 +121,8 @@ CHOICES = {
 # Options that a resumed run may change: they do not alter what has been learnt so far.
 MAY_CHANGE = (
     "compile|dataset_size|debug|decoder|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task|evaldir"
-    "|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|parallel|post_mlr|simple_log|steps|threads"
-    "|traindir|video_pred_log|videodir"
+    "|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|on_nan|parallel|post_mlr|save_every|simple_log"
+    "|steps|threads|traindir|video_pred_log|videodir|worker_timeout"
 )
 
 
@@ -568,6 +605,11 @@ class Replay:
         if self.open.pop(env, None) is not None:
             self._evict()
 
+    def discard(self, env: int) -> None:
+        """Forget the running episode of `env`, if there is one."""
+        if (number := self.open.pop(env, None)) is not None:
+            self._drop(number)
+
     def sample(self) -> dict[str, Tensor]:
         """A batch of fresh tensors (B,T,*), dtypes as stored; `is_first` is also True where a row starts or is spliced.
 
@@ -609,34 +651,42 @@ class Replay:
         places = self.on_disk | self._write(folder, f"running-{self.saves:06d}.npz", list(self.open.values()))
         self.saves += 1
         entries = [[*places[number], len(slots)] for number, slots in self.episodes.items()]
+        numbers = list(self.episodes)
         self.recent_files = [sorted({file for file, _, _ in entries}), *self.recent_files[:2]]
         for path in folder.glob("*.npz*"):
             if not any(path.name in files for files in self.recent_files):
                 path.unlink()
         return {
             "episodes": entries,
+            "capacity": self.capacity,
+            "open": [[int(env), numbers.index(number)] for env, number in self.open.items()],
             "recent_files": self.recent_files,
             "saves": self.saves,
             "rng": json.dumps(self.rng.bit_generator.state),
         }
 
     def load(self, folder: Path, state: dict) -> None:
-        """Restore an empty replay from `save`. Running episodes come back finished; damaged files cost a warning."""
+        """Restore an empty replay from `save`, running episodes included; damaged files cost a warning."""
         assert not self.episodes, "load into an empty replay"
         self.saves, self.recent_files = state["saves"], state["recent_files"]
         self.rng.bit_generator.state = json.loads(state["rng"])
         last_use = {file: i for i, (file, _, _) in enumerate(state["episodes"])}
-        files = {}
+        envs, files = {index: env for env, index in state["open"]}, {}
         for i, (file, start, length) in enumerate(state["episodes"]):
             if file not in files:
                 files[file] = self._read(Path(folder) / file)
             if rows := {key: values[start : start + length] for key, values in files[file].items()}:
                 slots = array("q", (self._take_slot() for _ in range(length)))
                 self._store(slots, rows)
-                self.on_disk[self._new_episode(slots)] = (file, start)
+                number = self._new_episode(slots)
+                if i in envs:
+                    self.open[envs[i]] = number
+                else:
+                    self.on_disk[number] = (file, start)
             if i == last_use[file]:
                 del files[file]
-        self._evict()
+        if self.capacity < state["capacity"]:
+            self._evict()
 
     def _new_episode(self, slots: array) -> int:
         self.opened += 1
@@ -765,11 +815,13 @@ class Logger:
         return self.seconds_before + time.perf_counter() - self.started
 
     def state_dict(self) -> dict:
-        """What a resumed run needs to continue the files. Values not yet written are not part of it."""
-        return {"step": self.step, "rows": self.rows, "seconds": self.seconds}
+        """What a resumed run needs to continue the files, values not yet written included."""
+        sums = [[list(names), values.tolist(), count] for names, (values, count) in self.sums.items()]
+        return {"step": self.step, "rows": self.rows, "seconds": self.seconds, "sums": sums}
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.rows, self.seconds_before = state["step"], state["rows"], state["seconds"]
+        self.sums = {tuple(names): (np.array(values), count) for names, values, count in state["sums"]}
         self.started = time.perf_counter()
         self.progress(self.step)
 
@@ -807,7 +859,7 @@ class Logger:
         metrics |= self._rates({"step": step, **counters})
         row = {"step": step, **counters, **metrics, "time": round(self.seconds, 3)}
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        with open(self.path, "a") as file:
+        with writing(self.logdir), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows += 1
         if self.writer:
@@ -829,6 +881,8 @@ class Logger:
 
     def _add(self, names: tuple[str, ...], values) -> None:
         total, count = self.sums.get(names, (0.0, 0))
+        if isinstance(values, Tensor) and isinstance(total, np.ndarray):  # of a checkpoint
+            total = torch.from_numpy(total).to(values.device)
         self.sums[names] = (total + values, count + 1)
 
     def _averages(self, only: str) -> dict[str, float]:
@@ -906,18 +960,23 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
     """The checkpoint at `path`, or the one before if it cannot be read (with a warning); None if there is neither.
 
+    A damaged file is renamed to STEM.damaged.pt, so that the next save does not keep it in place of the good one.
     Raises UserError if all that exist are unreadable. Loads data only, never code.
     """
     paths = [p for p in (path, path.with_suffix(".prev.pt")) if p.exists()]
     problems = []
     for candidate in paths:
         try:
+            if zipfile.is_zipfile(candidate) and (part := zipfile.ZipFile(candidate).testzip()):  # torch does not check
+                raise ValueError(f"wrong checksum of {part}")
             state = torch.load(candidate, map_location=device, weights_only=True)
         except Exception as error:  # a damaged file makes torch raise almost anything
             problems.append(f"{candidate} is unreadable ({repr(error).splitlines()[0][:100]})")
             continue
         if candidate != path:
             warn(f"{problems[0] if problems else f'{path} is missing'}; going on from {candidate}")
+            with contextlib.suppress(OSError):
+                path.replace(path.with_suffix(".damaged.pt"))
         return state
     if problems:
         raise UserError(f"{'; '.join(problems)}: restore it from a copy, or start anew in another --logdir")

@@ -106,7 +106,15 @@ def make(task: str, **options) -> gymnasium.Env:
 
 
 def make_vector(
-    task: str, n: int, *, seed: int, stream: str, parallel: bool, shared_seed: bool = False, **options
+    task: str,
+    n: int,
+    *,
+    seed: int,
+    stream: str,
+    parallel: bool,
+    shared_seed: bool = False,
+    timeout: float = 300.0,
+    **options,
 ) -> Vector:
     """`n` environments of one task, each with its own random stream; `train` and `eval` streams never meet.
 
@@ -114,11 +122,14 @@ def make_vector(
         stream: "train" or "eval".
         parallel: one worker process per environment; otherwise all live here and step one after the other.
         shared_seed: seed every simulator with `seed`, as the original research code did (equal initial states).
+        timeout: seconds after which a worker that does not answer is replaced, 0 = never.
         options: as in `prepare`, except `seed` and `task_seed`.
     """
     seeds = np.random.SeedSequence([seed, STREAMS.index(stream)]).spawn(n)
     task_seed = seed if shared_seed else None
-    return Vector([prepare(task, seed=s, task_seed=task_seed, **options) for s in seeds], parallel=parallel)
+    return Vector(
+        [prepare(task, seed=s, task_seed=task_seed, **options) for s in seeds], parallel=parallel, timeout=timeout
+    )
 
 
 def _suite(name: str):

@@ -72,6 +72,8 @@ def find_videos(resource_path: str) -> list[str]:
 class Together(Distraction):
     """Several distractions, one after the other, each with a random stream of its own."""
 
+    lasting = ("parts",)
+
     def __init__(self, parts: Sequence[Distraction], seed: int):
         self.parts = parts
         self.seed(seed)
@@ -91,6 +93,8 @@ class Together(Distraction):
 
 class _Drifting(Distraction):
     """Counts frames: something changes at every second one."""
+
+    lasting = ("rng",)
 
     def seed(self, seed: int) -> None:
         self.rng = np.random.RandomState(seed)

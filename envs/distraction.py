@@ -9,7 +9,12 @@ Edits = dict[str, dict[tuple[str, str], dict[str, str]]]
 
 
 class Distraction:
-    """Hooks that `envs.dmc.ControlSuite` calls, in this order, around its simulator. All do nothing here."""
+    """Hooks that `envs.dmc.ControlSuite` calls, in this order, around its simulator. All do nothing here.
+
+    `lasting` names the attributes that carry over from one episode to the next (see `envs.task.get_state`).
+    """
+
+    lasting: tuple[str, ...] = ()
 
     def seed(self, seed: int) -> None:
         """Start the random stream anew."""

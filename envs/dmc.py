@@ -144,6 +144,8 @@ class ControlSuite(gymnasium.Env):
     does), truncated where it ends an episode otherwise. `info["discount"]` is the suite's.
     """
 
+    lasting = ("_random", "_distraction")
+
     def __init__(
         self,
         domain: str,
@@ -162,7 +164,7 @@ class ControlSuite(gymnasium.Env):
 
         with edited_assets(edits or {}), recorded_model() as model:
             self._env = suite.load(domain, name, task_kwargs={"random": task_seed})
-        physics = self._env.physics
+        physics, self._random = self._env.physics, self._env.task.random
         # A buffer of the size of the picture (set before the GL context is made) and a camera that is kept give the
         # pixels of `physics.render`, faster.
         visual = physics.model.vis.global_
@@ -191,7 +193,7 @@ class ControlSuite(gymnasium.Env):
         super().reset(seed=seed)
         if seed is not None:
             task_seed, distraction_seed = two_seeds(np.random.SeedSequence(seed))
-            self._env.task.random.seed(task_seed)
+            self._random.seed(task_seed)
             self._distraction.seed(distraction_seed)
         self._running = True
         self._distraction.before_reset(self._env.physics)

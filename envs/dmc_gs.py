@@ -63,6 +63,8 @@ def load_colors(mode: str) -> list[dict[str, list[float]]]:
 class Colors(Distraction):
     """A row of the colour table per episode, drawn uniformly with replacement."""
 
+    lasting = ("_rng",)
+
     def __init__(self, table: list[dict], seed: int):
         self._table = table
         self.seed(seed)
@@ -90,6 +92,8 @@ class Colors(Distraction):
 
 class GreenScreen(Distraction):
     """Videos behind the robot: one per episode, in order, from the second on, each from its first frame."""
+
+    lasting = ("_episode",)
 
     def __init__(self, clips: Sequence[video.Clip]):
         self._clips = clips

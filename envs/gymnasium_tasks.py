@@ -75,6 +75,8 @@ class GymnasiumTask(gymnasium.Env):
         EnvError: the environment cannot be built, does not render, or has other actions or observations than these.
     """
 
+    lasting = ("_task_seed", "_rng")
+
     def __init__(self, env_id: str, *, size: tuple[int, int] = (64, 64), action_repeat: int = 1, task_seed: int = 0):
         try:
             self._env = gymnasium.make(env_id, render_mode="rgb_array", disable_env_checker=True)
@@ -122,6 +124,10 @@ class GymnasiumTask(gymnasium.Env):
     def close(self) -> None:
         self._running = False
         self._env.close()
+
+    @property
+    def _rng(self) -> np.random.Generator:
+        return self._env.unwrapped.np_random
 
     def _make_action_space(self) -> spaces.Space:
         space = self._env.action_space

@@ -90,6 +90,7 @@ class ManiSkill(gymnasium.Env):
     Every reset builds the scene anew, from its own seed, before one of the files `scenes`, if there are any.
     """
 
+    lasting = ("_task_rng", "_scene_rng")
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     render_mode = "rgb_array"
 

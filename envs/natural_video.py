@@ -36,6 +36,8 @@ def matte(image: np.ndarray, frame: np.ndarray) -> np.ndarray:
 class NaturalVideo(Distraction):
     """Frames of a source of `envs.video` where the picture is blue."""
 
+    lasting = ("source",)
+
     def __init__(self, source):
         self.source = source
 

@@ -24,3 +24,37 @@ def two_seeds(seed: np.random.SeedSequence, start: int | None = None) -> tuple[i
         seed = np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, start))
     task_seed, background_seed = seed.generate_state(2)
     return int(task_seed), int(background_seed)
+
+
+def get_state(owner):
+    """What lasts from one episode to the next, as JSON types: the attributes that the class names in `lasting`.
+
+    These are generators, numbers, objects with `lasting` of their own, and lists of such. Without `lasting`: {}.
+    """
+    if isinstance(owner, np.random.Generator):
+        return owner.bit_generator.state
+    if isinstance(owner, np.random.RandomState):
+        state = owner.get_state(legacy=False)
+        return state | {"state": {"key": state["state"]["key"].tolist(), "pos": state["state"]["pos"]}}
+    if isinstance(owner, list):
+        return [get_state(part) for part in owner]
+    if owner is None or isinstance(owner, int):
+        return owner
+    return {name: get_state(getattr(owner, name)) for name in getattr(owner, "lasting", ())}
+
+
+def set_state(owner, state) -> None:
+    """Inverse of `get_state`, in place."""
+    if isinstance(owner, np.random.Generator):
+        owner.bit_generator.state = state
+    elif isinstance(owner, np.random.RandomState):
+        owner.set_state(state)
+    elif isinstance(owner, list):
+        for part, saved in zip(owner, state, strict=True):
+            set_state(part, saved)
+    else:
+        for name, saved in state.items():
+            if saved is None or isinstance(saved, int):
+                setattr(owner, name, saved)
+            else:
+                set_state(getattr(owner, name), saved)

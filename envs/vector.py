@@ -2,21 +2,27 @@
 
 import atexit
 import contextlib
+import ctypes
+import hashlib
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import gymnasium
 import numpy as np
 
-from envs.task import EnvError
+from envs.task import EnvError, get_state, set_state
 
 FLAGS = ("is_first", "is_last", "is_terminal")
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+RESTARTS = 3  # of one worker without an episode finished in between
+START_TIMEOUT = 300.0
+WAYS_OUT = "use fewer --envs, a longer --worker_timeout, or --parallel False to see what happens"
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 # Why not gymnasium's AsyncVectorEnv: it builds one more environment in the calling process (a second simulator and GL
 # context next to the training device), reports an error in a constructor as a closed pipe, and its workers import
@@ -30,26 +36,42 @@ class Vector:
     plus the bool flags `is_first` (after a reset), `is_last` (episode over) and `is_terminal` (over for a reason that
     ends the future rewards, not by time).
 
+    A worker that dies or does not answer in time is replaced, with a warning; its episode is lost, and its next ones
+    are drawn from a new seed. One that fails again and again ends it all, and so does an error that it raises.
+
     Attributes:
         num_envs: n.
         render_mode: "rgb_array" if `render` works, as in gymnasium.
         observation_space: the Dict space of one environment, without the flags.
         action_space: the action space of one environment.
+        restarts: workers that were replaced.
     """
 
-    def __init__(self, constructors: Sequence[Callable[[], gymnasium.Env]], *, parallel: bool):
+    def __init__(self, constructors: Sequence[Callable[[], gymnasium.Env]], *, parallel: bool, timeout: float = 300.0):
         """Build every environment; with `parallel`, each constructor is pickled and called in its own process.
+
+        `timeout`: seconds that a worker may take for an answer (at its start at least START_TIMEOUT), 0 = for ever.
 
         Raises:
             EnvError: as raised by a constructor, wherever it ran. Nothing is left running.
         """
-        self.num_envs = len(constructors)
+        self.num_envs, self.restarts = len(constructors), 0
+        self._constructors, self._timeout = constructors, timeout or None
+        self._start_timeout = timeout and max(timeout, START_TIMEOUT) or None
         self._slots: list[_Local | _Process] = []
         with self._closed_on_error():
             with _worker_surroundings() if parallel else contextlib.nullcontext():
                 for constructor in constructors:
                     self._slots.append(_Process(constructor) if parallel else _Local(constructor))
-            self.observation_space, self.action_space, self.render_mode = [slot.receive() for slot in self._slots][0]
+            try:
+                properties = [slot.receive(self._start_timeout) for slot in self._slots]
+            except _WorkerLost as error:
+                raise EnvError(f"an environment worker {error}: {WAYS_OUT}") from None
+            self.observation_space, self.action_space, self.render_mode = properties[0]
+        # How each episode began, what was done in it, and whether the worker that ran it is gone.
+        self._starts, self._actions = [None] * self.num_envs, [[] for _ in range(self.num_envs)]
+        self._lost = np.zeros(self.num_envs, bool)
+        self._failures, self._new_seeds = np.zeros(self.num_envs, int), [None] * self.num_envs
         # Runs before the exit hook of multiprocessing, which would wait for ever for open workers: they ignore SIGTERM.
         atexit.register(self.close)
         self._obs = {
@@ -58,37 +80,63 @@ class Vector:
 
     def reset(self, mask: np.ndarray) -> dict[str, np.ndarray]:
         """Reset the environments where `mask` (n,) is true. Returns the observations of all; the others keep theirs."""
-        chosen = np.flatnonzero(mask)
         with self._closed_on_error():
-            for i in chosen:
-                self._slots[i].send("reset")
-            for i in chosen:
-                observation, _ = self._slots[i].receive()
+            for i, (start, observation) in self._call_all(np.flatnonzero(mask), "reset", self._new_seeds).items():
+                self._starts[i], self._actions[i], self._new_seeds[i], self._lost[i] = start, [], None, False
                 self._write(i, observation, is_first=True, is_last=False, is_terminal=False)
-        return self._copy()
+        return self.observations()
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Step every environment with its row of `action` (n, A).
 
         Returns:
-            Observations, reward (n,) float32, done (n,) bool, and info {"success": (n,) float32}.
+            Observations, reward (n,) float32, done (n,) bool, and info {"success": (n,) float32, "lost": (n,) bool}.
+            Where `lost`, the worker was replaced: the episode is over, and the observation still the one before.
         """
-        reward, success = np.zeros((2, self.num_envs), np.float32)
-        with self._closed_on_error():
-            for slot, row in zip(self._slots, action, strict=True):
-                slot.send("step", row)
-            for i, slot in enumerate(self._slots):
-                observation, reward[i], terminated, truncated, info = slot.receive()
-                success[i] = info.get("success", 0.0)
-                self._write(i, observation, is_first=False, is_last=terminated or truncated, is_terminal=terminated)
-        obs = self._copy()
-        return obs, reward, obs["is_last"].copy(), {"success": success}
+        return self._step(np.arange(self.num_envs), action)
 
-    def render(self, i: int) -> np.ndarray:
-        """A picture of environment `i` for people, uint8 (H, W, 3) of any size."""
+    def render(self, i: int) -> np.ndarray | None:
+        """A picture of environment `i` for people, uint8 (H, W, 3) of any size; None if its worker was replaced."""
         with self._closed_on_error():
-            self._slots[i].send("render")
-            return self._slots[i].receive()
+            picture = self._call([i], "render")[i]
+        self._lost[i] |= picture is None
+        return picture
+
+    def observations(self) -> dict[str, np.ndarray]:
+        """The present observations of all."""
+        return {key: value.copy() for key, value in self._obs.items()}
+
+    def state_dict(self, running: np.ndarray) -> list[dict]:
+        """What `load_state_dict` needs, as JSON types. Where `running` (n,) is false, the episode need not go on."""
+        with self._closed_on_error():
+            idle = self._call_all(np.flatnonzero(~running), "get_state")
+        return [
+            {"start": self._starts[i], "actions": np.asarray(self._actions[i]).tolist(), "digest": self._digest(i)}
+            if running[i]
+            else {"start": idle[i]}
+            for i in range(self.num_envs)
+        ]
+
+    def load_state_dict(self, states: list[dict]) -> np.ndarray:
+        """Bring every environment to where it was, and return which episodes (n,) go on.
+
+        An episode is restored by acting it out again. One that does not lead to the same observation is not among those
+        that go on; a warning says so.
+        """
+        with self._closed_on_error():
+            self._call_all(range(self.num_envs), "set_state", [state["start"] for state in states])
+        actions = [np.asarray(state.get("actions", []), self.action_space.dtype) for state in states]
+        running = np.array(["actions" in state for state in states])
+        self.reset(running)
+        for t in range(max(map(len, actions))):
+            chosen = [i for i in np.flatnonzero(running) if t < len(actions[i])]
+            _, _, done, _ = self._step(chosen, {i: actions[i][t] for i in chosen})
+            running &= ~done
+        for i, state in enumerate(states):
+            running[i] &= self._digest(i) == state.get("digest")
+            if "digest" in state and not running[i]:
+                warn(f"environment {i} did not get back to where it was: its episode ends at the checkpoint")
+        return running
 
     def close(self) -> None:
         """Close every environment and end the workers. Safe to call twice."""
@@ -97,12 +145,73 @@ class Vector:
         self._slots = []
         atexit.unregister(self.close)
 
+    def _step(self, chosen: Iterable[int], action) -> tuple:
+        """As `step`, of the environments `chosen`, each with its row `action[i]`."""
+        reward, success = np.zeros((2, self.num_envs), np.float32)
+        with self._closed_on_error():
+            results = self._call([i for i in chosen if not self._lost[i]], "step", action)
+        for i, result in results.items():
+            if result is None:
+                self._lost[i] = True
+                continue
+            observation, reward[i], terminated, truncated, info = result
+            success[i] = info.get("success", 0.0)
+            over = terminated or truncated
+            self._write(i, observation, is_first=False, is_last=over, is_terminal=terminated)
+            self._actions[i].append(np.array(action[i]))
+            self._failures[i] *= not over
+        for i in np.flatnonzero(self._lost):
+            self._write(i, {}, is_first=False, is_last=True, is_terminal=False)
+        obs = self.observations()
+        return obs, reward, obs["is_last"].copy(), {"success": success, "lost": self._lost.copy()}
+
     def _write(self, i: int, observation: dict, **flags: bool) -> None:
         for key, value in (observation | flags).items():
             self._obs[key][i] = value
 
-    def _copy(self) -> dict[str, np.ndarray]:
-        return {key: value.copy() for key, value in self._obs.items()}
+    def _digest(self, i: int) -> str:
+        return hashlib.sha256(b"".join(self._obs[key][i].tobytes() for key in self.observation_space)).hexdigest()
+
+    def _call(self, chosen: Iterable[int], method: str, arguments=None) -> dict:
+        """Results by environment, each called with `arguments[i]`; None where the worker was replaced instead."""
+        for i in chosen:
+            self._slots[i].send(method, *([] if arguments is None else [arguments[i]]))
+        results, failed = {}, {}
+        for i in chosen:
+            try:
+                results[i] = self._slots[i].receive(self._timeout)
+            except _WorkerLost as error:
+                results[i], failed[i] = None, error
+        for i, error in failed.items():
+            self._replace(i, error)
+        return results
+
+    def _call_all(self, chosen: Iterable[int], method: str, arguments=None) -> dict:
+        """As `_call`, asking replaced workers again."""
+        results = self._call(chosen, method, arguments)
+        while missing := [i for i, result in results.items() if result is None]:
+            results |= self._call(missing, method, arguments)
+        return results
+
+    def _replace(self, i: int, error: "_WorkerLost") -> None:
+        while True:
+            self._failures[i] += 1
+            if self._failures[i] > RESTARTS:
+                raise EnvError(
+                    f"the worker of environment {i} failed {self._failures[i]} times in a row (it {error}): {WAYS_OUT}"
+                )
+            warn(f"the worker of environment {i} {error}: replaced, its episode is lost")
+            self.restarts += 1
+            self._slots[i].close(kill=True)
+            with _worker_surroundings():
+                self._slots[i] = _Process(self._constructors[i])
+            # Its own seed would lead to the episodes of the start again.
+            self._new_seeds[i] = int(np.random.SeedSequence().generate_state(1)[0])
+            try:
+                self._slots[i].receive(self._start_timeout)
+                return
+            except _WorkerLost as again:
+                error = again
 
     @contextlib.contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -113,8 +222,30 @@ class Vector:
             raise
 
 
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class _WorkerLost(Exception):
+    """A worker died or hangs; the message goes on after "it"."""
+
+
 def _properties(env: gymnasium.Env) -> tuple:
     return env.observation_space, env.action_space, env.render_mode
+
+
+def _answer(env: gymnasium.Env, method: str, *args):
+    if method == "reset":
+        (seed,) = args
+        if seed is not None:
+            env.reset(seed=seed)
+        return get_state(env.unwrapped), env.reset()[0]
+    if method == "get_state":
+        return get_state(env.unwrapped)
+    if method == "set_state":
+        set_state(env.unwrapped, *args)
+        return True
+    return getattr(env, method)(*args)
 
 
 class _Local:
@@ -125,9 +256,9 @@ class _Local:
         self._result = _properties(self._env)
 
     def send(self, method: str, *args) -> None:
-        self._result = getattr(self._env, method)(*args)
+        self._result = _answer(self._env, method, *args)
 
-    def receive(self):
+    def receive(self, timeout: float | None):
         return self._result
 
     def close(self) -> None:
@@ -145,40 +276,40 @@ class _Process:
         remote.close()
 
     def send(self, method: str, *args) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` says why
             self._pipe.send((method, args))
-        except BrokenPipeError:
-            raise self._death() from None
 
-    def receive(self):
+    def receive(self, timeout: float | None):
+        """The next answer. Raises what the worker raised, or _WorkerLost if there is none within `timeout` seconds."""
+        if not self._pipe.poll(timeout):
+            raise _WorkerLost(f"did not answer for {timeout:g} s")
         try:
             result = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            raise self._death() from None
+        except (EOFError, OSError):
+            self._process.join(timeout=5)
+            raise _WorkerLost(f"ended (exit code {self._process.exitcode}; -9 is often a lack of memory)") from None
         if isinstance(result, Exception):
             raise result
         return result
 
-    def close(self) -> None:
+    def close(self, kill: bool = False) -> None:
+        if kill:
+            self._process.kill()
         self._pipe.close()  # the worker sees the end of the pipe, closes its environment and exits
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
-    def _death(self) -> EnvError:
-        self._process.join(timeout=5)
-        return EnvError(
-            f"an environment worker ended unexpectedly (exit code {self._process.exitcode}; -9 is often a lack of "
-            "memory): use fewer --envs, or --parallel False to see what happens"
-        )
-
 
 def _serve(pipe, constructor: Callable[[], gymnasium.Env]) -> None:
     """Body of a worker: build one environment, then answer (method, arguments) until the pipe closes.
 
-    The pipe also closes when the parent dies, however it dies, so no worker outlives it.
+    The pipe also closes when the parent dies, however it dies, so no worker outlives it; where the kernel can, it kills
+    one that hangs, too.
     """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
     env = None
@@ -187,7 +318,7 @@ def _serve(pipe, constructor: Callable[[], gymnasium.Env]) -> None:
         pipe.send(_properties(env))
         while True:
             method, args = pipe.recv()
-            pipe.send(getattr(env, method)(*args))
+            pipe.send(_answer(env, method, *args))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except EnvError as error:

@@ -52,6 +52,8 @@ class Clips:
     Resets do not move the position: the sequence runs on through all episodes and wraps at its end.
     """
 
+    lasting = ("position",)
+
     def __init__(self, clips: Sequence[Clip], seed: int):
         self.clips = clips
         self.ends = np.cumsum([count for _, count in clips])
@@ -76,6 +78,8 @@ class Clips:
 class Colour:
     """One random colour for the whole frame, drawn anew at each reset."""
 
+    lasting = ("_rng",)
+
     def __init__(self, seed: int):
         self.seed(seed)
 
@@ -90,6 +94,8 @@ class Colour:
 
 class Noise:
     """Uniform random pixels, drawn anew for each observation."""
+
+    lasting = ("_rng",)
 
     def __init__(self, size: tuple[int, int], seed: int):
         self._shape = (*size, 3)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import envs
 from envs import distracting_cs, dmc_gs
 from envs.dmc import ControlSuite, check_rendering, edited_assets
+from envs.task import get_state, set_state
 from tests.test_envs import encode
 
 MODES = ["color_easy", "color_hard", "video_easy", "video_hard", "distracting_cs", "sensor_cs"]
@@ -71,6 +72,20 @@ def test_modes_repeat_with_the_seed_and_differ_from_clean(task, mode):
     assert (shown != episodes(f"_{mode}", seed=1)).any()
     if (task, mode) != ("reacher_easy", "video_easy"):  # its camera sees no sky: the mode is the clean task there
         assert (shown != episodes("")).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_leads_on_exactly(mode):
+    one, other = (make(f"walker_stand_{mode}", time_limit=4, start=start) for start in (0, 5))
+    steps = np.zeros((3, 6), np.float32)
+    for _ in range(2):
+        one.reset()
+        state = get_state(one.unwrapped)
+    set_state(other.unwrapped, json.loads(json.dumps(state)))
+    for env in (one, other):
+        env.reset()
+    for action in steps:
+        np.testing.assert_array_equal(one.step(action)[0]["image"], other.step(action)[0]["image"])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -527,6 +528,107 @@ def test_resets_and_flags():
     obs, _, done, _ = v.step(np.zeros((2, 1)))
     assert done.tolist() == obs["is_last"].tolist() == [False, True]
     assert not obs["is_terminal"].any()
+
+
+def follow(vec, steps, seed):
+    """Observations of the present and of each of some random steps, with resets where episodes end."""
+    rng, seen, done = np.random.default_rng(seed), [vec.observations()], np.zeros(vec.num_envs, bool)
+    for _ in range(steps):
+        if done.any():
+            seen.append(vec.reset(done))
+        obs, reward, done, _ = vec.step(rng.uniform(-1, 1, (vec.num_envs, *vec.action_space.shape)).astype(np.float32))
+        seen.append(obs | {"reward": reward})
+    return seen, done
+
+
+RESTORED = {
+    "dmc_pendulum_swingup": {"parallel": True},
+    "dmc_reacher_easy_video": {},
+    "dmc_reacher_easy_video noise": {"img_source": "noise"},
+    "dmc_cartpole_balance_sensor_cs": {},
+    "gym_Swimmer-v5": {},
+}
+
+
+@pytest.mark.parametrize("task", RESTORED)
+def test_a_state_leads_on_exactly_in_another_vector(task, clips):
+    """In the middle of the second episode; the other one was made with another start and is elsewhere."""
+    options = {"resource_files": str(clips), "total_frames": 15, "time_limit": 5, "size": (16, 16)} | RESTORED[task]
+    one, other = (vector(task=task.split()[0], start=start, **options) for start in (0, 500))
+    try:
+        one.reset(np.ones(2, bool))
+        _, done = follow(one, 8, seed=0)
+        assert not done.any()
+        state = json.loads(json.dumps(one.state_dict(~done)))
+        assert other.load_state_dict(state).all()
+        for ours, theirs in zip(follow(one, 6, seed=1)[0], follow(other, 6, seed=1)[0], strict=True):
+            assert_equal(ours, theirs)
+        # Between episodes: the next one is the same, too.
+        ended = np.ones(2, bool)
+        assert not other.load_state_dict(json.loads(json.dumps(one.state_dict(~ended)))).any()
+        assert_equal(one.reset(ended), other.reset(ended))
+    finally:
+        one.close()
+        other.close()
+
+
+def test_an_environment_that_cannot_be_brought_back_says_so(capfd):
+    vectors = [Vector([lambda: Counter(9, False), lambda: Counter(2, False)], parallel=False) for _ in range(2)]
+    one, other = vectors
+    for _ in range(2):  # of the number of the episode nobody knows, so the second episode cannot be restored
+        one.reset(np.ones(2, bool))
+    one.step(np.zeros((2, 1)))
+    state = one.state_dict(np.array([True, False]))
+    assert other.load_state_dict(state).tolist() == [False, False]
+    assert capfd.readouterr().err.startswith("warning: environment 0 did not get back to where it was")
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_is_replaced(fault, capfd):
+    vec = Vector([functools.partial(ControlSuite, "pendulum", "swingup", size=(8, 8))] * 2, parallel=True, timeout=5)
+    try:
+        first = vec.reset(np.ones(2, bool))
+        os.kill(vec._slots[1]._process.pid, fault)
+        obs, _, done, info = vec.step(np.zeros((2, 1), np.float32))
+        assert info["lost"].tolist() == done.tolist() == obs["is_last"].tolist() == [False, True]
+        assert not obs["is_terminal"].any() and vec.restarts == 1
+        assert (obs["orientation"][0] != first["orientation"][0]).any()
+        error = capfd.readouterr().err
+        assert ("did not answer for 5 s" if fault == signal.SIGSTOP else "ended (exit code -9") in error
+        # It goes on, not with the episodes of the start.
+        again = vec.reset(done)
+        assert again["is_first"].tolist() == [False, True]
+        assert (again["orientation"][1] != first["orientation"][1]).any()
+        assert not vec.step(np.zeros((2, 1), np.float32))[3]["lost"].any()
+        # A worker that is gone at a reset costs a warning only.
+        os.kill(vec._slots[0]._process.pid, signal.SIGKILL)
+        assert vec.reset(np.ones(2, bool))["is_first"].all() and vec.restarts == 2
+        assert not vec.step(np.zeros((2, 1), np.float32))[3]["lost"].any()
+    finally:
+        vec.close()
+    assert not [p for p in _children(os.getpid()) if "spawn_main" in p]
+
+
+class Dying(Counter):
+    """Ends its process at the first step of every episode."""
+
+    def __init__(self):
+        super().__init__(5, False)
+
+    def step(self, action):
+        os._exit(7)
+
+
+def test_a_worker_that_dies_again_and_again_is_an_error(capfd):
+    vec = Vector([Dying], parallel=True)
+    for _ in range(3):
+        vec.reset(np.ones(1, bool))
+        assert vec.step(np.zeros((1, 1)))[3]["lost"].all()
+    vec.reset(np.ones(1, bool))
+    with pytest.raises(envs.EnvError, match=r"failed 4 times in a row \(it ended \(exit code 7") as error:
+        vec.step(np.zeros((1, 1)))
+    assert "\n" not in str(error.value) and capfd.readouterr().err.count("warning: ") == 3
+    assert not [p for p in _children(os.getpid()) if "spawn_main" in p]
 
 
 def test_an_error_in_a_worker_is_the_error_of_the_parent():

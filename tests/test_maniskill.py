@@ -200,6 +200,12 @@ def test_a_worker_gives_what_this_process_gives(rooms):
             step, _, _, info = vec.step(np.full((1, 7), 0.5, np.float32))
             assert vec.render_mode == "rgb_array" and info["success"].shape == (1,)
             frames.append((reset, step["image"], vec.render(0)))
+            if not parallel:
+                state = vec.state_dict(np.ones(1, bool))
+            else:  # acted out again, another environment is where the first was
+                vec.reset(np.ones(1, bool))
+                assert vec.load_state_dict(state).all()
+                np.testing.assert_array_equal(vec.observations()["image"], step["image"])
         finally:
             vec.close()
     for one, other in zip(*frames, strict=True):

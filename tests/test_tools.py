@@ -6,6 +6,9 @@ import math
 import os
 import random
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,6 +231,20 @@ def test_later_changes_of_a_tensor_do_not_count(tmp_path, logger):
     assert rows(tmp_path)[0]["x"] == 1.0
 
 
+def test_values_not_yet_written_are_part_of_a_checkpoint(tmp_path, logger):
+    other = tools.Logger(tmp_path / "other", simple=True, total_steps=1000)
+    for i, value in enumerate((0.1, 0.2, 0.7)):
+        for each in (logger, other):
+            each.scalars({"loss/a": torch.tensor(value), "count": value})
+        if i == 1:
+            state = json.loads(json.dumps(logger.state_dict()))
+            logger.sums = {}
+            logger.load_state_dict(state)
+    logger.write(10)
+    other.write(10)
+    assert timeless(rows(tmp_path)[0]) == timeless(rows(tmp_path / "other")[0])
+
+
 def test_nothing_new_nothing_written(tmp_path, logger):
     logger.write(10, update=1)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -353,18 +370,29 @@ DAMAGES = {
     "empty": lambda data: b"",
     "text": lambda data: b"weights",
     "pickle": lambda data: b"\x80\x02e.",
+    "flipped": lambda data: data.replace(b"weights", b"Weights", 1),
 }
+
+
+class DiskFull:
+    def __reduce__(self):
+        raise OSError("disk full")
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
 def test_unreadable_checkpoint(tmp_path, capsys, damage):
     path, previous = tmp_path / "latest.pt", tmp_path / "latest.prev.pt"
     for i in range(2):
-        tools.save_checkpoint(path, {"count": i})
+        tools.save_checkpoint(path, {"count": i, "name": "weights"})
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     assert tools.load_checkpoint(path)["count"] == 0
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and str(path) in warning and str(previous) in warning
+    # The next save may be cut short too: until it is there, the good one stays.
+    with pytest.raises(OSError, match="disk full"):
+        tools.save_checkpoint(path, DiskFull())
+    assert tools.load_checkpoint(path)["count"] == 0
+    path.write_bytes(b"x")
     previous.write_bytes(b"x")
     with pytest.raises(tools.UserError, match="unreadable") as caught:
         tools.load_checkpoint(path)
@@ -390,6 +418,33 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     with pytest.raises(tools.UserError, match="unreadable"):
         tools.load_checkpoint(tmp_path / "latest.pt")
     assert not (tmp_path / "trapped").exists()
+
+
+CLAIM = """
+import pathlib, sys, tools
+claim = tools.lock(pathlib.Path(sys.argv[1]))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_claimed_until_the_process_ends(tmp_path):
+    command = [sys.executable, "-c", CLAIM, str(tmp_path / "log")]
+    process = subprocess.Popen(command, cwd=tools.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"claimed\n"
+        with pytest.raises(tools.UserError, match="another process is training in"):
+            tools.lock(tmp_path / "log")
+    finally:
+        process.kill()  # nothing is tidied up, and still nothing is in the way
+        process.communicate()
+    os.close(tools.lock(tmp_path / "log"))
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(tools.UserError, match="No space left on device") as caught, tools.writing(tmp_path):
+        Path("/dev/full").write_text("x")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
