@@ -72,6 +72,20 @@ class Agent(nn.Module):
         self.should_explore = tools.Until(expl_until)
         self.expl_amount, self.eval_noise = expl_amount, eval_noise
         self.eval_state_mean, self.collect_dyn_sample = eval_state_mean, collect_dyn_sample
+        self.learn, self.act = self._learn, self._act
+
+    def compile(self, mode: str) -> None:
+        """`--compile`: 'inductor' compiles both losses; on CUDA all but 'off' record updates and acting as CUDA graphs.
+
+        To be called once, on the final device.
+        """
+        if mode == "inductor":
+            self.world_model.loss = torch.compile(self.world_model.loss, fullgraph=True, dynamic=False)
+            self.actor_critic.loss = torch.compile(self.actor_critic.loss, fullgraph=True, dynamic=False)
+        if mode != "off" and self.device.type == "cuda":
+            for optimizer in self.optimizers.values():
+                optimizer.make_capturable()
+            self.learn, self.act = tools.CudaGraphs(self._learn), tools.CudaGraphs(self._act)
 
     @property
     def device(self) -> torch.device:
@@ -100,18 +114,23 @@ class Agent(nn.Module):
         """
         data = self.world_model.preprocess(obs)
         carry = self.initial(len(data["is_first"])) if carry is None else carry
+        explore = training and self.explorer is not None and self.should_explore(step)
+        found = self.act(data | carry.state._asdict() | {"action": carry.action}, training=training, explore=explore)
+        carry = Carry(State(*(found[key] for key in State._fields)), found["action"])
+        return carry.action, carry
+
+    def _act(self, data: dict[str, Tensor], training: bool, explore: bool) -> dict[str, Tensor]:
+        """One decision from tensors alone: observation and carry (n,*) -> action and latent state."""
         embed = self.world_model.hybrid.encoder(data)
-        rssm = self.world_model.rssm
-        state = rssm.obs_step(carry.state, carry.action, embed, data["is_first"], self.collect_dyn_sample)
+        rssm, state = self.world_model.rssm, State(*(data[key] for key in State._fields))
+        state = rssm.obs_step(state, data["action"], embed, data["is_first"], self.collect_dyn_sample)
         if self.eval_state_mean and not training:
             state = state._replace(stoch=rssm.dist(state.logit).mode)
-        if not training:
-            action = self.actor_critic.actor(state.feat).mode
-        else:
-            explore = self.explorer is not None and self.should_explore(step)
-            action = (self.explorer if explore else self.actor_critic).actor(state.feat).sample()
-        action = self.add_noise(action, self.expl_amount if training else self.eval_noise)
-        return action, Carry(state, action)
+        policy = (self.explorer if explore else self.actor_critic).actor(state.feat)
+        action = self.add_noise(
+            policy.sample() if training else policy.mode, self.expl_amount if training else self.eval_noise
+        )
+        return state._asdict() | {"action": action}
 
     def add_noise(self, action: Tensor, amount: float) -> Tensor:
         if amount == 0:
@@ -126,15 +145,16 @@ class Agent(nn.Module):
         Imagination starts from the raw branch's posterior. `mask` (T,H,W) bool replaces the random cube mask; without
         `behavior` the world model learns alone.
         """
-        if not behavior:
-            return self.learn(batch, mask, behavior=False)
-        self.actor_critic.update_slow_critic()
-        if isinstance(self.explorer, exploration.Plan2Explore):
-            self.explorer.behavior.update_slow_critic()
-        return self.learn(batch, mask)
+        inputs = batch if mask is None else batch | {"mask": mask}
+        behaviors = [self.actor_critic, *([self.explorer.behavior] if hasattr(self.explorer, "behavior") else [])]
+        for learner in behaviors if behavior else []:
+            learner.update_slow_critic()
+        return self.learn(inputs, behavior=behavior)
 
-    def _update(self, batch: dict[str, Tensor], mask: Tensor | None = None, behavior: bool = True) -> dict[str, Tensor]:
-        branches, metrics = self.world_model.update(batch, mask)
+    def _learn(self, inputs: dict[str, Tensor], behavior: bool) -> dict[str, Tensor]:
+        """All of `update` that only reads and writes tensors, always the same ones: it can be recorded."""
+        batch = {key: value for key, value in inputs.items() if key != "mask"}
+        branches, metrics = self.world_model.update(batch, inputs.get("mask"))
         if not behavior:
             return metrics
         metrics |= self.actor_critic.update(self.world_model, branches.raw_post)

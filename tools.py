@@ -101,7 +101,7 @@ PACKAGES = ("torch", "numpy", "mujoco", "dm_control", "gymnasium")
 # Options with few values: a regular expression for the whole value.
 CHOICES = {
     "actor_dist": "normal|normal_1|trunc_normal|onehot",
-    "compile": "off|True|False",
+    "compile": "auto|inductor|off|True|False",
     "device": r"auto|cpu|cuda|cuda:\d+",
     "disag_target": "stoch|deter|feat|embed",
     "dyn_cell": "gru_layer_norm|gru",
@@ -523,11 +523,54 @@ class Optimizer:
         self.optimizer.step()
         return {f"{self.name}_loss": loss.detach(), f"{self.name}_grad_norm": norm.detach()}
 
+    def make_capturable(self) -> None:
+        """Keep step counters on the device, so that a CUDA graph can hold the step. What has no such mode ignores it."""
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True
+
     def state_dict(self) -> dict:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         self.optimizer.load_state_dict(state)
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------------------------
+
+
+class CudaGraphs:
+    """Runs `function(tensors, **flags)` -> dict as a CUDA graph: thousands of kernels cost the host one launch.
+
+    For each combination of flags the first calls run as they are, the next is recorded, and from then on the recording
+    is played. So the function must do the same every time: fixed shapes, no look at a value, no state on the host.
+    Results lie in memory that the next call with the same flags overwrites.
+    """
+
+    WARMUP = 3
+
+    def __init__(self, function: Callable[..., dict]):
+        self.function, self.calls, self.graphs = function, {}, {}
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, tensors: dict[str, Tensor], **flags: bool) -> dict:
+        key = (*flags.values(), *((name, x.shape) for name, x in tensors.items()))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= self.WARMUP:
+            # Not on the default stream, where allocations and library workspaces would differ from those recorded.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                found = self.function(tensors, **flags)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return found
+        if key not in self.graphs:
+            graph, inputs = torch.cuda.CUDAGraph(), {name: x.clone() for name, x in tensors.items()}
+            with torch.cuda.graph(graph):
+                outputs = self.function(inputs, **flags)
+            self.graphs[key] = graph, inputs, outputs
+        graph, inputs, outputs = self.graphs[key]
+        torch._foreach_copy_(list(inputs.values()), [tensors[name] for name in inputs], non_blocking=True)
+        graph.replay()
+        return outputs
 
 
 # --- replay ---------------------------------------------------------------------------------------------------------
