@@ -141,7 +141,8 @@ class Background(_Drifting):
         self._frames = np.load(path, mmap_mode="r")[first:end]
         self._index = self.rng.choice(len(self._frames))
         self._direction = self.rng.choice([-1, 1])
-        self._shown, self._levels = None, {}
+        self._shown = None
+        self._levels = {}  # made when first shown, 0.9 MB per frame
         self.show(physics)
 
     def move(self, physics) -> None:
@@ -155,23 +156,21 @@ class Background(_Drifting):
 
     def show(self, physics) -> None:
         context = physics.contexts.mujoco
-        if context is self._context and self._shown == self._index:
+        known, self._context = context is self._context, context
+        if known and self._shown == self._index:
             return
-        frame = self._frames[self._index]
+        frame, self._shown = self._frames[self._index], self._index
         start = physics.model.tex_adr[SKY]
         physics.model.tex_data[start : start + frame.size] = frame.reshape(-1)
-        self._shown = self._index
         texture = int(context.ptr.texture[SKY])
-        if context is not self._context:
-            upload_texture(physics, SKY)
-            self._context = context
-            self._quick = small_levels_suffice(physics) and call_gl(physics, holds_levels, texture, halve(frame))
-        elif self._quick:
+        if known and self._quick:
             if self._index not in self._levels:
                 self._levels[self._index] = halve(frame)
             call_gl(physics, upload_levels, texture, self._levels[self._index])
         else:
             upload_texture(physics, SKY)
+        if not known:
+            self._quick = small_levels_suffice(physics) and call_gl(physics, holds_levels, texture, halve(frame))
 
 
 # To upload a whole sky takes longer than to render: OpenGL halves all six faces down to one pixel. Small pictures show
@@ -179,7 +178,7 @@ class Background(_Drifting):
 
 
 def small_levels_suffice(physics) -> bool:
-    """Whether pictures of camera 0 show no other levels of the sky than those of `halve`: true for 64 x 64 pixels.
+    """Whether pictures of camera 0 show only levels of the sky that `halve` makes: those of 51 x 51 to 87 x 87 pixels do.
 
     The sky is infinitely far away, so the number of its texels per pixel depends on angles alone. The bounds are those
     between which OpenGL lets a driver choose the level, over all directions.
@@ -214,9 +213,9 @@ def holds_levels(texture: int, levels: Sequence[np.ndarray]) -> bool:
     try:
         GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, texture)
         for level, pixels in enumerate(levels, start=1):
-            for face in range(GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X, GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + 6):
+            for face in range(6):
                 held = np.zeros_like(pixels)
-                GL.glGetTexImage(face, level, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, held)
+                GL.glGetTexImage(GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + face, level, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, held)
                 if not np.array_equal(held, pixels):
                     return False
     except error.Error:  # PyOpenGL does not reach this context
@@ -232,8 +231,9 @@ def upload_levels(texture: int, levels: Sequence[np.ndarray]) -> None:
     GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, texture)
     for level, pixels in enumerate(levels, start=1):
         size, data = len(pixels), pixels.ctypes.data_as(ctypes.c_void_p)
-        for face in range(GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X, GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + 6):
-            glTexSubImage2D(face, level, 0, 0, size, size, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, data)
+        for face in range(6):
+            target = GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + face
+            glTexSubImage2D(target, level, 0, 0, size, size, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, data)
 
 
 def decode_sky(path: str, size: tuple[int, int]) -> list[np.ndarray]:

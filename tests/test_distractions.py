@@ -249,10 +249,13 @@ def test_a_sky_of_small_levels_gives_the_pictures_of_a_whole_one(quick, monkeypa
     monkeypatch.setattr(distracting_cs, "small_levels_suffice", lambda physics: False)
     whole = make("cartpole_balance_distracting_cs", size=(64, 64), distracting_cs_intensity=0.5).unwrapped
     whole.reset()
-    pictures = frames(quick, 6), frames(whole, 6)
     assert not whole._distraction.parts[0]._quick
+    pictures = frames(quick, 6), frames(whole, 6)
     assert len({picture.tobytes() for picture in pictures[0]}) == 7
     np.testing.assert_array_equal(*pictures)
+    quick._env.physics._free_rendering_contexts()
+    quick._distraction.parts[0].show(quick._env.physics)
+    np.testing.assert_array_equal(quick._camera.render(), pictures[0][-1])
 
 
 def test_small_pictures_show_no_other_levels_of_the_sky(quick):
