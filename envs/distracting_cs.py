@@ -178,7 +178,7 @@ class Background(_Drifting):
 
 
 def small_levels_suffice(physics) -> bool:
-    """Whether pictures of camera 0 show only levels of the sky that `halve` makes: those of 51 x 51 to 87 x 87 pixels do.
+    """Whether pictures of camera 0 show only levels of the sky that `halve` makes: true for edges of 51 to 87 pixels.
 
     The sky is infinitely far away, so the number of its texels per pixel depends on angles alone. The bounds are those
     between which OpenGL lets a driver choose the level, over all directions.
