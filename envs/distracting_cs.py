@@ -4,16 +4,18 @@ All three move slowly: they change every second frame. `distracting_cs` has all 
 Difficulty scales every range. Three independent random streams, each consumed in a fixed order.
 """
 
+import ctypes
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import mujoco
 import numpy as np
 from PIL import Image
 
 from envs import assets, video
-from envs.distraction import Distraction, upload_texture
+from envs.distraction import Distraction, call_gl, upload_texture
 from envs.task import EnvError
 
 DOMAINS = ("ball_in_cup", "cartpole", "cheetah", "finger", "reacher", "walker")
@@ -22,6 +24,7 @@ VIDEOS = {0.025: 2, 0.05: 2, 0.1: 4, 0.15: 6, 0.2: 8, 0.3: 60, 0.4: 60, 0.5: 60}
 GROUND_ALPHA = {"reacher": 0.0, "walker": 1.0, "cheetah": 1.0}  # others 0.3
 SKY = 0  # index of the sky among the textures of these domains
 SKY_EDGE = 800  # pixels
+LEVELS = 5  # times that the edge can be halved exactly: to 25 pixels
 
 # fmt: off
 # The training list of DAVIS 2017.
@@ -125,6 +128,7 @@ class Background(_Drifting):
 
     def __init__(self, clips: Sequence[video.Clip], ground_alpha: float, dynamic: bool):
         self._clips, self._ground_alpha, self._dynamic = clips, ground_alpha, dynamic
+        self._context = None
 
     def start(self, physics) -> None:
         physics.named.model.mat_rgba["grid", "a"] = self._ground_alpha
@@ -142,6 +146,7 @@ class Background(_Drifting):
         self._index = self.rng.choice(len(self._frames))
         self._direction = self.rng.choice([-1, 1])
         self._shown = None
+        self._levels = {}  # made when first shown, 0.9 MB per frame
         self.show(physics)
 
     def move(self, physics) -> None:
@@ -154,13 +159,85 @@ class Background(_Drifting):
             self._index, self._direction = len(self._frames) - 1, -1
 
     def show(self, physics) -> None:
-        if self._shown == self._index:
+        context = physics.contexts.mujoco
+        known, self._context = context is self._context, context
+        if known and self._shown == self._index:
             return
-        frame = self._frames[self._index]
+        frame, self._shown = self._frames[self._index], self._index
         start = physics.model.tex_adr[SKY]
         physics.model.tex_data[start : start + frame.size] = frame.reshape(-1)
-        upload_texture(physics, SKY)
-        self._shown = self._index
+        texture = int(context.ptr.texture[SKY])
+        if known and self._quick:
+            if self._index not in self._levels:
+                self._levels[self._index] = halve(frame)
+            call_gl(physics, upload_levels, texture, self._levels[self._index])
+        else:
+            upload_texture(physics, SKY)
+        if not known:
+            self._quick = small_levels_suffice(physics) and call_gl(physics, holds_levels, texture, halve(frame))
+
+
+# To upload a whole sky takes longer than to render: OpenGL halves all six faces down to one pixel. Small pictures show
+# only some of these levels, and here those are made once for all faces, wherever that gives the same bytes.
+
+
+def small_levels_suffice(physics) -> bool:
+    """Whether pictures of camera 0 show only levels of the sky that `halve` makes: true for edges of 51 to 87 pixels.
+
+    The sky is infinitely far away, so the number of its texels per pixel depends on angles alone. The bounds are those
+    between which OpenGL lets a driver choose the level, over all directions.
+    """
+    view, edge = physics.model.vis.global_, math.tan(math.radians(physics.model.cam_fovy[0]) / 2)
+    middle = SKY_EDGE * edge / view.offheight  # texels per pixel where the camera looks straight at a face
+    corner = 1 + edge**2 * (1 + (view.offwidth / view.offheight) ** 2)
+    return middle / corner / math.sqrt(2) >= 2 and middle * math.sqrt(24) <= 2**LEVELS
+
+
+def halve(frame: np.ndarray) -> list[np.ndarray]:
+    """Levels 1 to LEVELS of a picture (W, W, 3): (W/2, 2W) uint8, (W/4, W) ... with four bytes RGBA per pixel.
+
+    Two neighbours are averaged, then two such pairs, and both rounded up, as Mesa's software renderer does.
+    """
+
+    def mean(a, b):  # of the four bytes of a number at once
+        return (a | b) - (((a ^ b) >> 1) & 0x7F7F7F7F)
+
+    pixels, levels = cv2.cvtColor(frame, cv2.COLOR_RGB2RGBA).view(np.uint32)[..., 0], []
+    for _ in range(LEVELS):
+        pairs = mean(pixels[:, ::2], pixels[:, 1::2])
+        pixels = mean(pairs[::2], pairs[1::2])
+        levels.append(pixels.view(np.uint8))
+    return levels
+
+
+def holds_levels(texture: int, levels: Sequence[np.ndarray]) -> bool:
+    """Whether all six faces of the current context's texture have exactly these levels."""
+    from OpenGL import GL, error  # not before MUJOCO_GL is chosen
+
+    try:
+        GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, texture)
+        for level, pixels in enumerate(levels, start=1):
+            for face in range(6):
+                held = np.zeros_like(pixels)
+                GL.glGetTexImage(GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + face, level, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, held)
+                if not np.array_equal(held, pixels):
+                    return False
+    except error.Error:  # PyOpenGL does not reach this context
+        return False
+    return True
+
+
+def upload_levels(texture: int, levels: Sequence[np.ndarray]) -> None:
+    """Replace these levels of all six faces of the current context's texture."""
+    from OpenGL import GL
+    from OpenGL.raw.GL.VERSION.GL_1_1 import glTexSubImage2D  # wrapped, the 30 calls take as long as the copies
+
+    GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, texture)
+    for level, pixels in enumerate(levels, start=1):
+        size, data = len(pixels), pixels.ctypes.data_as(ctypes.c_void_p)
+        for face in range(6):
+            target = GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + face
+            glTexSubImage2D(target, level, 0, 0, size, size, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, data)
 
 
 def decode_sky(path: str, size: tuple[int, int]) -> list[np.ndarray]:

@@ -40,8 +40,13 @@ def upload_texture(physics, index: int) -> None:
     """Show a texture that was changed in `physics.model.tex_data`; each GL context has a copy of its own."""
     import mujoco  # not before MUJOCO_GL is chosen
 
+    call_gl(physics, mujoco.mjr_uploadTexture, physics.model.ptr, physics.contexts.mujoco.ptr, index)
+
+
+def call_gl(physics, function, *args):
+    """`function(*args)` where the simulator's GL context is current."""
     with physics.contexts.gl.make_current() as context:
-        context.call(mujoco.mjr_uploadTexture, physics.model.ptr, physics.contexts.mujoco.ptr, index)
+        return context.call(function, *args)
 
 
 def edit_assets(assets: dict[str, bytes], edits: Edits) -> dict[str, bytes]:

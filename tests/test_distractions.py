@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import envs
 from envs import distracting_cs, dmc_gs
+from envs.distraction import call_gl
 from envs.dmc import ControlSuite, check_rendering, edited_assets
 from envs.task import get_state, set_state
 from tests.test_envs import encode
@@ -247,6 +248,64 @@ def test_the_background_plays_to_and_fro():
         indices.append(int(background._index))
     assert set(indices) == {0, 1, 2}
     assert all(abs(a - b) <= 1 for a, b in zip(indices, indices[1:], strict=False))
+
+
+@pytest.fixture
+def quick():
+    """An environment that uploads only the levels of its sky that 64 x 64 pixels show."""
+    env = make("cartpole_balance_distracting_cs", size=(64, 64), distracting_cs_intensity=0.5).unwrapped
+    env.reset()
+    if not env._distraction.parts[0]._quick:
+        pytest.skip("this OpenGL driver averages the levels of a texture in its own way")
+    return env
+
+
+def test_a_sky_of_small_levels_gives_the_pictures_of_a_whole_one(quick, monkeypatch):
+    monkeypatch.setattr(distracting_cs, "small_levels_suffice", lambda physics: False)
+    whole = make("cartpole_balance_distracting_cs", size=(64, 64), distracting_cs_intensity=0.5).unwrapped
+    whole.reset()
+    assert not whole._distraction.parts[0]._quick
+    pictures = frames(quick, 6), frames(whole, 6)
+    assert len({picture.tobytes() for picture in pictures[0]}) == 7
+    np.testing.assert_array_equal(*pictures)
+    quick._env.physics._free_rendering_contexts()
+    quick._distraction.parts[0].show(quick._env.physics)
+    np.testing.assert_array_equal(quick._camera.render(), pictures[0][-1])
+
+
+def test_small_pictures_show_no_other_levels_of_the_sky(quick):
+    physics, rng = quick._env.physics, np.random.default_rng(0)
+    texture = int(physics.contexts.mujoco.ptr.texture[distracting_cs.SKY])
+
+    def paint(level):
+        from OpenGL import GL
+
+        edge = distracting_cs.SKY_EDGE >> level
+        white = np.full((edge, edge, 4), 255, np.uint8)
+        GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, texture)
+        for face in range(GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X, GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + 6):
+            GL.glTexSubImage2D(face, level, 0, 0, edge, edge, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, white)
+
+    def look_around():
+        pictures = []
+        for rotation in rotations:
+            physics.data.cam_xmat[0] = rotation.reshape(-1)
+            pictures.append(quick._camera.render().copy())
+        return np.stack(pictures)
+
+    rotations = np.linalg.qr(rng.normal(size=(10, 3, 3)))[0]
+    before = look_around()
+    for level in (0, distracting_cs.LEVELS + 1, distracting_cs.LEVELS + 2):
+        call_gl(physics, paint, level)
+    np.testing.assert_array_equal(look_around(), before)
+    call_gl(physics, paint, 3)
+    assert (look_around() != before).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("edge, suffice", [(64, True), (32, False), (128, False)])
+def test_other_sizes_need_other_levels_of_the_sky(edge, suffice):
+    env = make("walker_stand_distracting_cs", size=(edge, edge)).unwrapped
+    assert distracting_cs.small_levels_suffice(env._env.physics) == suffice
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
