@@ -393,27 +393,37 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
 
 
 class Run:
-    """Everything a training run consists of and a checkpoint restores."""
+    """Everything a training run consists of and a checkpoint restores.
 
-    def __init__(self, config, logdir: Path, device: torch.device):
-        self.config, self.logdir = config, logdir
+    Of several ranks each has an equal share of the environments, of replay and of every batch, and a folder of its own;
+    counters count for all of them. Rank 0 evaluates.
+    """
+
+    def __init__(self, config, logdir: Path, device: torch.device, rank: int = 0, ranks: int = 1):
+        self.config, self.logdir, self.rank, self.ranks = config, logdir, rank, ranks
         self.checkpoint_path = logdir / "latest.pt"
-        checkpoint = tools.load_checkpoint(self.checkpoint_path, device)
+        checkpoint = load_common_checkpoint(self.checkpoint_path, device)
         # A resumed run continues with fresh episodes rather than repeating those of its start.
         resumed_at = checkpoint["count"]["policy_step"] if checkpoint else 0
-        self.train_envs = make_envs(config, "train", resumed_at)
-        tasks = eval_tasks(config) if config.eval_episode_num > 0 else {}
+        n = config.envs // ranks
+        self.train_envs = make_envs(config, "train", resumed_at, n=n, first=rank * n)
+        tasks = eval_tasks(config) if config.eval_episode_num > 0 and rank == 0 else {}
         self.eval_envs = {name: make_envs(config, "eval", resumed_at, task) for name, task in tasks.items()}
         self.agent = make_agent(config, self.train_envs.observation_space, self.train_envs.action_space, device)
+        if rank:
+            tools.seed_everything(config.seed + rank)  # equal weights, other draws
+        if ranks == 1:  # recorded communication between ranks is untried
+            self.agent.compile({"True": "auto", "False": "off"}.get(config.compile, config.compile))
         # A run cannot fill more than this, so a short one does not reserve the memory of a long one.
         frames = config.steps + config.eval_every + (config.prefill + 1) * config.action_repeat
         self.replay = tools.Replay(
-            capacity=min(config.dataset_size, frames // config.action_repeat + config.envs),
-            batch_size=config.batch_size,
+            capacity=min(config.dataset_size, frames // config.action_repeat + config.envs) // ranks,
+            batch_size=config.batch_size // ranks,
             batch_length=config.batch_length,
-            num_envs=config.envs,
-            seed=config.seed,
-            extra_rows=config.envs * (config.time_limit // config.action_repeat + 1),
+            num_envs=n,
+            seed=config.seed + rank,
+            extra_rows=n * (config.time_limit // config.action_repeat + 1),
+            device=device,
         )
         self.should_train = tools.Every(config.batch_size * config.batch_length / config.train_ratio)
         self.should_pretrain = tools.Once()
@@ -425,7 +435,6 @@ class Run:
         # Updates still to do at this step, undone because of NaN, and environment workers that were replaced.
         self.count |= {"owed": 0, "skipped": 0, "worker_restarts": 0}
         # The episodes in progress: whether over (n,), return so far (n,), length so far (n,), the policy's memory.
-        n = config.envs
         self.live = np.ones(n, bool), np.zeros(n), np.zeros(n, int), None
         self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps)
         if checkpoint:
@@ -546,10 +555,11 @@ def eval_tasks(config) -> dict[str, str]:
     return tasks
 
 
-def make_envs(config, stream: str, start: int = 0, task: str = "") -> envs.Vector:
+def make_envs(config, stream: str, start: int = 0, task: str = "", n: int = 0, first: int = 0) -> envs.Vector:
     return envs.make_vector(
         task or config.task,
-        config.envs,
+        n or config.envs,
+        first=first,
         seed=config.seed,
         stream=stream,
         start=start,
@@ -558,6 +568,21 @@ def make_envs(config, stream: str, start: int = 0, task: str = "") -> envs.Vecto
         timeout=config.worker_timeout,
         **env_options(config),
     )
+
+
+def load_common_checkpoint(path: Path, device: torch.device) -> dict | None:
+    """The latest checkpoint that all ranks have: a kill may fall between their saves."""
+
+    def steps(checkpoint: dict | None) -> Tensor:
+        return tools.gather_ranks(torch.tensor([checkpoint["count"]["policy_step"] if checkpoint else -1]))
+
+    checkpoint = tools.load_checkpoint(path, device)
+    found = steps(checkpoint)
+    if checkpoint and checkpoint["count"]["policy_step"] > found.min():
+        checkpoint = tools.load_checkpoint(path.with_suffix(".prev.pt"), device)
+    if len(steps(checkpoint).unique()) > 1:
+        raise tools.UserError(f"the ranks have no checkpoint in common beside {path}: start anew in another --logdir")
+    return checkpoint
 
 
 def load_weights(agent: Agent, path: str) -> None:
@@ -625,6 +650,8 @@ def train(run: Run, stopped) -> None:
     """Collect and learn until the run is finished; `stopped()` ends it early."""
     config, agent, replay, logger, count = run.config, run.agent, run.replay, run.logger, run.count
     vec = run.train_envs
+    # Ranks stop together, at the beginning of a step.
+    at_once = stopped if run.ranks == 1 else lambda: False
     random, unchecked = exploration.Random(agent.actions, agent.discrete), []
     done, score, length, carry = run.live
     obs = vec.observations()
@@ -634,13 +661,13 @@ def train(run: Run, stopped) -> None:
         run.live = done, score, length, carry
         run.save()
 
-    while not (run.finished or stopped()):
+    while not (run.finished or tools.any_rank(stopped())):
         if count["policy_step"] >= count["next_eval"]:
             check_updates(run, unchecked)
             found, rng = {}, tools.rng_state()
             for name, eval_vec in run.eval_envs.items():
-                found[name] = evaluate(agent, eval_vec, config.eval_episode_num, stopped)
-            if stopped():
+                found[name] = evaluate(agent, eval_vec, config.eval_episode_num, at_once)
+            if at_once():
                 tools.set_rng_state(rng)
                 break
             for name, (metrics, frames) in found.items():
@@ -654,7 +681,7 @@ def train(run: Run, stopped) -> None:
             count["evaluated"] = count["policy_step"]
             save()
             continue
-        if config.save_every and time.monotonic() - run.saved_at > 60 * config.save_every:
+        if config.save_every and tools.any_rank(time.monotonic() - run.saved_at > 60 * config.save_every):
             save()
         if done.any():
             obs = vec.reset(done)
@@ -664,13 +691,12 @@ def train(run: Run, stopped) -> None:
             replay.add(rows(obs, **blank, chosen=done), np.flatnonzero(done))
             done = np.zeros_like(done)
         if count["policy_step"] < run.prefill:
-            action = random.actor(torch.zeros(vec.num_envs, 1)).sample()
+            action, overlap = random.actor(torch.zeros(vec.num_envs, 1)).sample(), False
         else:
             count["owed"] = count["owed"] or run.updates_owed()
-            while count["owed"] and not stopped():
-                update(run, replay.sample(), unchecked)
-                count["owed"] -= 1
-            if count["owed"]:
+            # The first updates may be many; they stay where they can be broken off.
+            overlap = config.overlap and count["update"] > 0
+            if not overlap and not learn(run, at_once, unchecked):
                 break
             if run.should_log(count["policy_step"]):
                 run.write()
@@ -678,10 +704,14 @@ def train(run: Run, stopped) -> None:
             action, carry = agent.policy(obs, carry, count["policy_step"])
         chosen_action = env_action(agent, action)
         check_updates(run, unchecked)  # after the copy of the action has waited for the device anyway
-        obs, reward, done, info = vec.step(chosen_action)
+        vec.step_async(chosen_action)
+        if overlap:
+            # Not to be broken off: the environments are ahead of what a checkpoint would hold.
+            learn(run, lambda: False, unchecked)
+        obs, reward, done, info = vec.step_wait()
         kept = ~info["lost"]
         replay.add(rows(obs, action=action.cpu().numpy(), reward=reward, chosen=kept), np.flatnonzero(kept))
-        count["policy_step"] += vec.num_envs
+        count["policy_step"] += vec.num_envs * run.ranks
         score, length = score + reward, length + 1
         for i in np.flatnonzero(~kept):
             replay.discard(i)
@@ -694,7 +724,7 @@ def train(run: Run, stopped) -> None:
         if done.any():
             run.write(only="episode/")
         logger.progress(run.step)
-    if stopped():
+    if not run.finished:
         save()
 
 
@@ -702,6 +732,16 @@ def rows(obs: dict[str, np.ndarray], *, action: np.ndarray, reward: np.ndarray, 
     """What replay keeps of a vector step (n, ...), of the environments where `chosen` (n,) is true."""
     found = {**{k: v for k, v in obs.items() if k != "is_last"}, "action": action, "reward": reward}
     return {key: values[chosen] for key, values in found.items()}
+
+
+def learn(run: Run, stopped, unchecked: list) -> bool:
+    """Do the updates that are owed; false if `stopped()` ended that early."""
+    for batch in run.replay.batches(run.count["owed"]):
+        update(run, batch, unchecked)
+        run.count["owed"] -= 1
+        if stopped():
+            break
+    return not run.count["owed"]
 
 
 def update(run: Run, batch: dict[str, Tensor], unchecked: list) -> None:
@@ -717,7 +757,7 @@ def update(run: Run, batch: dict[str, Tensor], unchecked: list) -> None:
         # Batches take memory, and on the CPU there is nothing to wait for.
         if finite.device.type == "cpu" or len(unchecked) > 3:
             check_updates(run, unchecked)
-    elif not finite.all():
+    elif tools.any_rank(not finite.all()):
         run.restore_learned(before)
         count["skipped"] += 1
         tools.warn(f"{not_finite(run.step, count['update'], watched, finite)}: undone")
@@ -749,6 +789,10 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise tools.UserError(f"--device {name}: no CUDA device is available here; use --device auto or cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
@@ -761,13 +805,23 @@ def run(argv: list[str]) -> int:
         envs.prepare(task, **env_options(config) | {"total_frames": 1})
     device, logdir = pick_device(config.device), Path(config.logdir).expanduser()
     tools.keep_memory()
-    torch.set_num_threads(config.threads or tools.default_threads(0))
+    busy = config.envs if config.overlap and config.parallel else 0
+    torch.set_num_threads(config.threads or tools.default_threads(busy))
     tools.seed_everything(config.seed)
     if config.deterministic_run:
         tools.enable_deterministic()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it anyway
     if config.eval_only:
         return evaluate_only(config, logdir, device)
-    tools.check_config(config, logdir)
+    rank, ranks = tools.start_ranks(device)
+    for option in ("batch_size", "envs"):
+        if getattr(config, option) % ranks:
+            raise tools.UserError(f"--{option} {getattr(config, option)} cannot be shared evenly by {ranks} ranks")
+    if rank == 0:
+        tools.check_config(config, logdir)
+    else:
+        logdir, config.simple_log, sys.stdout = logdir / f"rank{rank}", True, open(os.devnull, "w")
     lock = tools.lock(logdir)
     print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
 
@@ -780,9 +834,10 @@ def run(argv: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
-    training = Run(config, logdir, device)
-    # Only now is it known that the options work; a mistyped one must not claim the folder.
-    tools.save_config(config, logdir, argv)
+    training = Run(config, logdir, device, rank, ranks)
+    if rank == 0:
+        # Only now is it known that the options work; a mistyped one must not claim the folder.
+        tools.save_config(config, logdir, argv)
     try:
         train(training, lambda: bool(received))
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tools
 from networks import RSSM, Encoder, State, draw_normal
 
 # Rewards of these tasks are scaled inside the bisimulation loss so that their intended maximum is 2. The reward head
@@ -159,7 +160,7 @@ def bisimulation_loss(
         mean_ij Huber( d(post_i, raw_post_j) - [ |r_i - r_j| + discount d(prior_i', raw_prior_j') ] )
 
     where ' is the next step. Gradient reaches `post_feat` alone. As upstream, the reward is that on arrival at step t,
-    and pairs across episode boundaries count.
+    and pairs across episode boundaries count. With several ranks j runs over the batches of all.
     """
 
     def unit(x: Tensor) -> Tensor:
@@ -168,10 +169,11 @@ def bisimulation_loss(
     post, raw_post = unit(post_feat[:, :-1]), unit(raw_post_feat[:, :-1].detach())
     prior, raw_prior = unit(prior_feat[:, 1:].detach()), unit(raw_prior_feat[:, 1:].detach())
     reward = reward[:, :-1].flatten()
+    raw_post, raw_prior, other_reward = map(tools.gather_ranks, (raw_post, raw_prior, reward))
     # (N, F) x (F, N) -> (N, N)
     distance = 1.0 - post @ raw_post.T
     successor = 1.0 - prior @ raw_prior.T
-    target = (reward[:, None] - reward[None, :]).abs() + discount * successor
+    target = (reward[:, None] - other_reward[None, :]).abs() + discount * successor
     return F.smooth_l1_loss(distance, target)
 
 

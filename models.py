@@ -100,7 +100,7 @@ class WorldModel(nn.Module):
         device, dtype = self.rssm.prior_head.weight.device, torch.get_default_dtype()
         data = {}
         for key, value in batch.items():
-            value = torch.as_tensor(value, device=device)
+            value = tools.to_device(torch.as_tensor(value), device)
             if key.startswith("is_"):
                 data[key] = value.bool()
             elif value.dtype == torch.uint8:
@@ -174,7 +174,8 @@ class ReturnNorm(nn.Module):
 
     def forward(self, returns: Tensor) -> tuple[Tensor, Tensor]:
         """Update from `returns` (any shape), then give offset and scale, both 0-d."""
-        self.quantiles.lerp_(torch.quantile(returns.detach().flatten(), self.levels), self.rate)
+        returns = tools.gather_ranks(returns.detach().flatten())
+        self.quantiles.lerp_(torch.quantile(returns, self.levels), self.rate)
         low, high = self.quantiles.clone().unbind()
         return low, (high - low).clamp(min=1.0)
 

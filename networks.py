@@ -24,7 +24,7 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 def draw_onehot(probs: Tensor) -> Tensor:
-    """One one-hot draw per row of `probs` (..., K), by inverting the cumulative sum: one random number a row, no sync."""
+    """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync."""
     cumulative = probs.cumsum(-1)
     threshold = torch.rand_like(probs[..., :1]) * cumulative[..., -1:]
     index = (cumulative[..., :-1] <= threshold).sum(-1, keepdim=True)
@@ -716,7 +716,7 @@ class RSSM(nn.Module):
         return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, weights[1], sample)
 
     def _recurrent_weights(self) -> tuple[Tensor, Tensor | None]:
-        """Shares of the first layers that see z and h. Cut once per sequence: the gradient of each cut fills a tensor."""
+        """The parts of the first layers that see z and h. Cut once a sequence: the gradient of a cut is a full tensor."""
         post = split_linear(self.post_hidden, self.post_sizes)
         return split_linear(self.input, self.input_sizes)[0], post[0] if self.temp_post else None
 

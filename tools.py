@@ -20,6 +20,7 @@ import zipfile
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ import torch
 # The first optimiser loads this anyway, and with it Triton, whose LLVM crashes if Mesa's LLVM (a renderer in this
 # process) is there before it.
 import torch._dynamo
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -413,10 +415,61 @@ def keep_memory() -> None:
         mallopt(parameter, value)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to a GPU without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
 def default_threads(workers_busy: int) -> int:
     """Cores this process may use, less those that busy worker processes take; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores - workers_busy)
+
+
+# --- ranks: processes that train together ---------------------------------------------------------------------------
+
+
+def start_ranks(device: torch.device) -> tuple[int, int]:
+    """Join the processes that torchrun started: the rank of this one and how many there are; (0, 1) without it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Long, because all wait while the first one evaluates.
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def gather_ranks(x: Tensor) -> Tensor:
+    """Rows (n, ...) of every rank -> (ranks * n, ...), without gradient."""
+    if not several_ranks():
+        return x
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x.detach().contiguous())
+    return torch.cat(found)
+
+
+def average_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over all ranks."""
+    if not several_ranks() or not tensors:
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank; all must ask."""
+    if not several_ranks():
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 # --- clocks ---------------------------------------------------------------------------------------------------------
@@ -516,6 +569,7 @@ class Optimizer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=self.params, retain_graph=retain_graph)
+        average_ranks([p.grad for p in self.params if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
         if self.weight_decay:
             with torch.no_grad():
@@ -524,7 +578,7 @@ class Optimizer:
         return {f"{self.name}_loss": loss.detach(), f"{self.name}_grad_norm": norm.detach()}
 
     def make_capturable(self) -> None:
-        """Keep step counters on the device, so that a CUDA graph can hold the step. What has no such mode ignores it."""
+        """Keep step counters on the device, so that a CUDA graph can hold the step; SGD has none and ignores it."""
         for group in self.optimizer.param_groups:
             group["capturable"] = True
 
@@ -585,6 +639,9 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
+GPU_SHARE = 0.7  # of a GPU's free memory that replay may take
+
+
 class Replay:
     """Episodes in one preallocated array per key, and the sampling distribution of upstream.
 
@@ -599,15 +656,31 @@ class Replay:
 
     A batch row starts in an episode drawn with probability proportional to its rows, at a uniform position other than
     the last; it is filled up with the beginnings of episodes drawn in the same way. Episodes of one row do not count.
+
+    Batches come on `device`. If that is a GPU with room for all rows, they are kept there; otherwise in this machine's
+    memory, and the next batch is put together and copied over while the caller works on the last (`prefetch`).
     """
 
     def __init__(
-        self, *, capacity: int, batch_size: int, batch_length: int, num_envs: int, seed: int, extra_rows: int = 0
+        self,
+        *,
+        capacity: int,
+        batch_size: int,
+        batch_length: int,
+        num_envs: int,
+        seed: int,
+        extra_rows: int = 0,
+        device: torch.device | str = "cpu",
+        prefetch: bool | None = None,
     ):
         self.capacity, self.batch_size, self.batch_length = capacity, batch_size, batch_length
         self.num_envs, self.slots = num_envs, capacity + extra_rows
+        self.device = torch.device(device)
+        # On the CPU the learner has all cores and a batch costs it little.
+        self.prefetch = self.device.type == "cuda" if prefetch is None else prefetch
+        self.thread = ThreadPoolExecutor(1) if self.prefetch else None
         self.rng = np.random.default_rng(seed)
-        self.storage: dict[str, np.ndarray] = {}
+        self.storage: dict[str, Tensor] = {}
         self.fresh, self.free = 0, deque()
         self.episodes: dict[int, array] = {}  # episode number -> slots, in order of opening
         self.open: dict[int, int] = {}  # environment -> number of its running episode
@@ -658,6 +731,26 @@ class Replay:
 
         Raises UserError if no episode has two rows.
         """
+        return self._gather(*self._draw())
+
+    def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """As `count` calls of `sample`. Nothing may be added before the last one is out."""
+        if not self.prefetch:
+            yield from (self.sample() for _ in range(count))
+            return
+        coming = self.thread.submit(self._gather, *self._draw()) if count else None
+        for left in reversed(range(count)):
+            batch, before = coming.result(), self.rng.bit_generator.state
+            if left:
+                coming = self.thread.submit(self._gather, *self._draw())
+            try:
+                yield batch
+            except GeneratorExit:  # the caller stops early: what was drawn ahead is to be drawn again
+                self.rng.bit_generator.state = before
+                raise
+
+    def _draw(self) -> tuple[np.ndarray, np.ndarray]:
+        """Slots (B,T) of a batch, and where a piece of an episode starts, (B,T) bool."""
         episodes = list(self.episodes.values())
         rows = np.fromiter(map(len, episodes), np.int64, len(episodes))
         # To give episodes of one row no weight is the same as drawing again when one comes up.
@@ -675,8 +768,18 @@ class Replay:
                 index[b, t : t + len(piece)] = piece
                 starts[b, t] = True
                 t += len(piece)
-        batch = {key: torch.from_numpy(values[index]) for key, values in self.storage.items()}
-        batch["is_first"] |= torch.from_numpy(starts)
+        return index, starts
+
+    def _gather(self, index: np.ndarray, starts: np.ndarray) -> dict[str, Tensor]:
+        place = self.storage["is_first"].device
+        pinned = self.device.type == "cuda" and place.type == "cpu"
+        slots = to_device(torch.from_numpy(index.ravel()), place)
+        batch = {}
+        for key, values in self.storage.items():
+            rows = torch.empty((len(slots), *values.shape[1:]), dtype=values.dtype, device=place, pin_memory=pinned)
+            torch.index_select(values, 0, slots, out=rows)
+            batch[key] = rows.reshape(*index.shape, *values.shape[1:]).to(self.device, non_blocking=True)
+        batch["is_first"] |= to_device(torch.from_numpy(starts), self.device)
         return batch
 
     def save(self, folder: Path) -> dict:
@@ -765,8 +868,10 @@ class Replay:
         if not self.storage:
             self._allocate(rows)
         assert rows.keys() == self.storage.keys(), f"replay holds {list(self.storage)}, got {list(rows)}"
+        slots = torch.from_numpy(np.array(slots, np.int64))
         for key, values in rows.items():
-            self.storage[key][slots] = values
+            stored = self.storage[key]
+            stored[slots.to(stored.device)] = torch.from_numpy(values).to(stored)
 
     def _allocate(self, rows: dict[str, np.ndarray]) -> None:
         kinds = {
@@ -774,22 +879,32 @@ class Replay:
             for key, values in rows.items()
         }
         row_bytes = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in kinds.values())
-        total, free = row_bytes * self.slots, available_memory()
-        if free is not None and total > free:
+        total, free, where = row_bytes * self.slots, available_memory(), "in memory"
+        if self.device.type == "cuda" and total < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+            where = f"on {self.device}"
+        elif free is not None and total > free:
             fits = max(0, int(0.9 * free / row_bytes) - (self.slots - self.capacity))
             raise UserError(
                 f"replay needs {total / 1e9:.1f} GB ({self.slots:,} rows of {row_bytes:,} bytes), "
                 f"{free / 1e9:.1f} GB are free: --dataset_size {fits} fits"
             )
-        print(f"Replay: {self.slots:,} rows of {row_bytes:,} bytes, {total / 1e9:.2f} GB when full.", flush=True)
-        self.storage = {key: np.zeros((self.slots, *shape), dtype) for key, (shape, dtype) in kinds.items()}
+        size = f"{self.slots:,} rows of {row_bytes:,} bytes, {total / 1e9:.2f} GB"
+        print(f"Replay: {size} {where} when full.", flush=True)
+        for key, (shape, dtype) in kinds.items():
+            if where == "in memory":
+                # Unlike torch.zeros this touches no memory yet.
+                self.storage[key] = torch.from_numpy(np.zeros((self.slots, *shape), dtype))
+            else:
+                kind = torch.from_numpy(np.empty(0, dtype)).dtype
+                self.storage[key] = torch.zeros((self.slots, *shape), dtype=kind, device=self.device)
 
     def _write(self, folder: Path, name: str, numbers: list[int]) -> dict[int, tuple[str, int]]:
         """Write episodes one after the other; returns where each starts."""
         if not numbers:
             return {}
-        slots = np.concatenate([self.episodes[number] for number in numbers])
-        write_atomic(folder / name, lambda file: np.savez(file, **{k: v[slots] for k, v in self.storage.items()}))
+        slots = torch.from_numpy(np.concatenate([self.episodes[number] for number in numbers]).astype(np.int64))
+        rows = {key: values[slots.to(values.device)].cpu().numpy() for key, values in self.storage.items()}
+        write_atomic(folder / name, lambda file: np.savez(file, **rows))
         ends = np.cumsum([len(self.episodes[number]) for number in numbers]).tolist()
         return {number: (name, start) for number, start in zip(numbers, [0, *ends], strict=False)}
 

@@ -93,7 +93,16 @@ class Vector:
             Observations, reward (n,) float32, done (n,) bool, and info {"success": (n,) float32, "lost": (n,) bool}.
             Where `lost`, the worker was replaced: the episode is over, and the observation still the one before.
         """
-        return self._step(np.arange(self.num_envs), action)
+        self.step_async(action)
+        return self.step_wait()
+
+    def step_async(self, action: np.ndarray) -> None:
+        """First half of `step`: the workers begin. Nothing else may be asked of them before `step_wait`."""
+        self._begin(np.arange(self.num_envs), action)
+
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Second half of `step`: its result."""
+        return self._finish()
 
     def render(self, i: int) -> np.ndarray | None:
         """A picture of environment `i` for people, uint8 (H, W, 3) of any size; None if its worker was replaced."""
@@ -130,7 +139,8 @@ class Vector:
         self.reset(running)
         for t in range(max(map(len, actions))):
             chosen = [i for i in np.flatnonzero(running) if t < len(actions[i])]
-            _, _, done, _ = self._step(chosen, {i: actions[i][t] for i in chosen})
+            self._begin(chosen, {i: actions[i][t] for i in chosen})
+            _, _, done, _ = self._finish()
             running &= ~done
         for i, state in enumerate(states):
             running[i] &= self._digest(i) == state.get("digest")
@@ -145,11 +155,16 @@ class Vector:
         self._slots = []
         atexit.unregister(self.close)
 
-    def _step(self, chosen: Iterable[int], action) -> tuple:
-        """As `step`, of the environments `chosen`, each with its row `action[i]`."""
+    def _begin(self, chosen: Iterable[int], action) -> None:
+        """As `step_async`, of the environments `chosen`, each with its row `action[i]`."""
+        self._pending = {i: np.array(action[i]) for i in chosen if not self._lost[i]}
+        with self._closed_on_error():
+            self._send(self._pending, "step", self._pending)
+
+    def _finish(self) -> tuple:
         reward, success = np.zeros((2, self.num_envs), np.float32)
         with self._closed_on_error():
-            results = self._call([i for i in chosen if not self._lost[i]], "step", action)
+            results = self._receive(self._pending)
         for i, result in results.items():
             if result is None:
                 self._lost[i] = True
@@ -158,7 +173,7 @@ class Vector:
             success[i] = info.get("success", 0.0)
             over = terminated or truncated
             self._write(i, observation, is_first=False, is_last=over, is_terminal=terminated)
-            self._actions[i].append(np.array(action[i]))
+            self._actions[i].append(self._pending[i])
             self._failures[i] *= not over
         for i in np.flatnonzero(self._lost):
             self._write(i, {}, is_first=False, is_last=True, is_terminal=False)
@@ -174,8 +189,14 @@ class Vector:
 
     def _call(self, chosen: Iterable[int], method: str, arguments=None) -> dict:
         """Results by environment, each called with `arguments[i]`; None where the worker was replaced instead."""
+        self._send(chosen, method, arguments)
+        return self._receive(chosen)
+
+    def _send(self, chosen: Iterable[int], method: str, arguments=None) -> None:
         for i in chosen:
             self._slots[i].send(method, *([] if arguments is None else [arguments[i]]))
+
+    def _receive(self, chosen: Iterable[int]) -> dict:
         results, failed = {}, {}
         for i in chosen:
             try:

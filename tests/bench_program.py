@@ -41,7 +41,10 @@ def timed(times: dict, name: str, function):
 
 def episode(size, rng) -> dict[str, np.ndarray]:
     """Random experience of one environment, (EPISODE, ...)."""
-    rows = {"image": rng.integers(0, 256, (EPISODE, *size, 3), np.uint8), "orientations": rng.normal(size=(EPISODE, 14))}
+    rows = {
+        "image": rng.integers(0, 256, (EPISODE, *size, 3), np.uint8),
+        "orientations": rng.normal(size=(EPISODE, 14)),
+    }
     rows |= {"action": rng.uniform(-1, 1, (EPISODE, ACTIONS)), "reward": rng.uniform(0, 1, EPISODE)}
     rows = {key: value if value.dtype == np.uint8 else value.astype(np.float32) for key, value in rows.items()}
     flags = {key: np.zeros(EPISODE, bool) for key in ("is_first", "is_terminal")}
@@ -88,7 +91,9 @@ def ours(config) -> dict:
     times = {}
     if config.part == "loop":
         logdir = Path(config.logdir) / "ours"
-        return {"loop": (Gate(lambda gate: dreamer.train(dreamer.Run(config, logdir, device), gate), config.turn), times)}
+        return {
+            "loop": (Gate(lambda gate: dreamer.train(dreamer.Run(config, logdir, device), gate), config.turn), times)
+        }
     act_space = gymnasium.spaces.Box(-1, 1, (ACTIONS,))
     agent = dreamer.make_agent(config, gymnasium.spaces.Dict(spaces(config.size)), act_space, device)
     sizes = {"batch_size": config.batch_size, "batch_length": config.batch_length}

@@ -46,7 +46,7 @@ def step(replay, envs):
     replay.add({key: np.stack([row[key] for row in rows]) for key in rows[0]}, [env.env for env in envs])
 
 
-def make(capacity=10_000, batch=(4, 8), num_envs=1, seed=0, extra_rows=1000):
+def make(capacity=10_000, batch=(4, 8), num_envs=1, seed=0, extra_rows=1000, prefetch=False):
     return tools.Replay(
         capacity=capacity,
         batch_size=batch[0],
@@ -54,6 +54,7 @@ def make(capacity=10_000, batch=(4, 8), num_envs=1, seed=0, extra_rows=1000):
         num_envs=num_envs,
         seed=seed,
         extra_rows=extra_rows,
+        prefetch=prefetch,
     )
 
 
@@ -67,7 +68,7 @@ def fill(replay, lengths):
 
 def contents(replay):
     """(label, t) of every row, episode by episode."""
-    return [replay.storage["count"][np.array(slots)][:, ::-1].tolist() for slots in replay.episodes.values()]
+    return [replay.storage["count"].numpy()[np.array(slots)][:, ::-1].tolist() for slots in replay.episodes.values()]
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------
@@ -201,10 +202,10 @@ def test_batch_is_aligned_and_owned_by_the_caller():
     assert torch.equal(batch["action"][..., 0], (t - 1).clamp(min=0))
     lengths = torch.tensor([7, 30, 1, 12])[batch["count"][..., 1].long()]
     assert torch.equal(batch["is_terminal"], t == lengths)
-    before = {key: values.copy() for key, values in replay.storage.items()}
+    before = {key: values.clone() for key, values in replay.storage.items()}
     for value in batch.values():
         value.zero_()
-    assert all(np.array_equal(replay.storage[key], before[key]) for key in before)
+    assert all(torch.equal(replay.storage[key], before[key]) for key in before)
 
 
 def test_pieces_after_the_first_are_beginnings_and_end_where_they_must():
@@ -298,7 +299,7 @@ def test_seed_decides_what_is_sampled():
 def test_size_is_announced(capsys):
     fill(make(capacity=90, extra_rows=10), [3])
     # 16 bytes of image, 2 + 1 + 1 float32, 2 flags
-    assert capsys.readouterr().out == "Replay: 100 rows of 34 bytes, 0.00 GB when full.\n"
+    assert capsys.readouterr().out == "Replay: 100 rows of 34 bytes, 0.00 GB in memory when full.\n"
 
 
 def test_too_large_a_replay_is_refused(monkeypatch):
@@ -456,8 +457,26 @@ def test_a_killed_process_leaves_a_checkpoint_that_loads(tmp_path, capsys, delay
     replay = make(capacity=3000, num_envs=2, extra_rows=2000)
     replay.load(tmp_path / "replay", state["replay"])
     assert "warning" not in capsys.readouterr().err
-    counts = [replay.storage["count"][np.array(slots)] for slots in replay.episodes.values()]
+    counts = [replay.storage["count"].numpy()[np.array(slots)] for slots in replay.episodes.values()]
     assert max(values[-1] for values in counts) == state["count"] - 1
     assert all((np.diff(values) == 1).all() and values[0] % 300 == 0 for values in counts)
-    images = [replay.storage["image"][np.array(slots), 0, 0, 0] for slots in replay.episodes.values()]
+    images = [replay.storage["image"].numpy()[np.array(slots), 0, 0, 0] for slots in replay.episodes.values()]
     assert all(np.array_equal(image, values % 256) for image, values in zip(images, counts, strict=True))
+
+
+def test_batches_drawn_ahead_are_the_same():
+    """Prefetching changes neither what is drawn nor, if the caller stops early, what is drawn next."""
+
+    def run(prefetch: bool) -> list:
+        replay = make(prefetch=prefetch)
+        fill(replay, [5, 9, 7])
+        found = [batch["count"].clone() for batch in replay.batches(3)]
+        for number, batch in enumerate(replay.batches(5)):
+            found.append(batch["count"].clone())
+            if number == 1:
+                break
+        return [*found, replay.sample()["count"]]
+
+    ahead, one_by_one = run(True), run(False)
+    assert len(ahead) == 6
+    assert all(torch.equal(a, b) for a, b in zip(ahead, one_by_one, strict=True))

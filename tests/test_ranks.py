@@ -1,0 +1,92 @@
+"""Data-parallel training with two gloo processes on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+import hrssm
+import networks
+from tests.helpers import ROOT, make_agent, make_batch
+
+ROWS = 4
+
+
+def learn(part: slice) -> dict:
+    """Metrics and changed weights of two updates on rows `part` of a fixed batch, all chance replaced."""
+    networks.draw_onehot = lambda probs: torch.nn.functional.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs)
+    networks.draw_normal = hrssm.draw_normal = torch.zeros_like
+    agent = make_agent("--precision", "32")
+    batch = make_batch(rows=ROWS, resets=[(row, row) for row in range(ROWS)])
+    mask = torch.rand(8, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    metrics = [agent.update({key: value[part] for key, value in batch.items()}, mask) for _ in range(2)]
+    return {
+        "metrics": [{key: float(value) for key, value in m.items()} for m in metrics],
+        "weights": {key: value.clone() for key, value in agent.state_dict().items() if isinstance(value, torch.Tensor)},
+    }
+
+
+def as_rank(rank: int, address: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    half = ROWS // 2
+    torch.save(learn(slice(rank * half, (rank + 1) * half)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_learn_what_one_process_learns(tmp_path):
+    """Halves of a batch on two ranks: mean losses, gradient norms and weights are those of the whole batch."""
+    torch.multiprocessing.spawn(as_rank, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    before = torch.get_default_dtype(), networks.draw_onehot, networks.draw_normal
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = learn(slice(None))
+    finally:
+        torch.set_default_dtype(before[0])
+        networks.draw_onehot, networks.draw_normal = before[1:]
+        hrssm.draw_normal = before[2]
+    for step, expected in enumerate(whole["metrics"]):
+        for name, value in expected.items():
+            found = [part["metrics"][step][name] for part in (first, second)]
+            if name.endswith("_loss"):
+                np.testing.assert_allclose(np.mean(found), value, rtol=1e-9, atol=1e-12, err_msg=name)
+            elif name.endswith("grad_norm") or name.startswith("EMA"):
+                np.testing.assert_allclose(found, value, rtol=1e-9, atol=1e-12, err_msg=name)
+    for key, value in whole["weights"].items():
+        assert torch.equal(first["weights"][key], second["weights"][key]), key
+        torch.testing.assert_close(first["weights"][key], value, rtol=1e-7, atol=1e-10, msg=key)
+
+
+def test_torchrun_trains_and_resumes(tmp_path):
+    """`torchrun` shares the environments and batches of one run; the same command goes on where it ended."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "dreamer.py"), "--configs", "tiny", "--task", "dmc_cartpole_balance", "--envs", "2"]
+    command += "--time_limit 80 --prefill 40 --pretrain 1 --actor_start 0 --eval_every 80 --eval_episode_num 1".split()
+    command += f"--batch_size 4 --imag_horizon 3 --device cpu --threads 1 --logdir {tmp_path}".split()
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(steps: int) -> list[dict]:
+        done = subprocess.run(
+            [*command, "--steps", f"{steps}"], capture_output=True, text=True, env=environ, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    rows = run(160)
+    assert "eval/return" in rows[-1] and rows[-1]["step"] >= 160
+    again = run(320)
+    assert again[: len(rows)] == rows and again[-1]["step"] >= 320
+    shards = [torch.load(tmp_path / f"{folder}latest.pt", weights_only=True) for folder in ("", "rank1/")]
+    for key, value in shards[0]["agent"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, shards[1]["agent"][key]), key
+    assert shards[0]["replay"]["rng"] != shards[1]["replay"]["rng"]
+    uneven = subprocess.run([*command, "--batch_size", "3"], capture_output=True, text=True, env=environ)
+    assert uneven.returncode != 0 and "--batch_size 3 cannot be shared evenly by 2 ranks" in uneven.stderr
