@@ -1,15 +1,22 @@
 """Measure what this machine makes of the code. Prints medians and ratios; tests nothing.
 
-    python tests/bench.py envs [--upstream HRSSM]     per-step cost of every DMC variant, beside upstream's if given
+    python tests/bench.py update [--preset tiny]      an update and its parts, acting, drawing a batch, peak memory
+    python tests/bench.py loop [--preset tiny]        wall-clock time of the whole training loop per policy step
+    python tests/bench.py scaling                     time of an update against batch size and length
+    python tests/bench.py envs                        per-step cost of every DMC variant
     python tests/bench.py memory                      memory of four worker processes over twenty episodes
 
-Both parts need asset sets: `python setup/download.py demo` makes some. `--upstream` is a checkout of
-github.com/bit1029public/HRSSM, whose implementation takes turns with ours, step by step, and needs xmltodict.
+With `--upstream HRSSM`, a checkout of github.com/bit1029public/HRSSM, its implementation takes turns with ours and
+ratios are printed (`envs` then needs xmltodict). `envs` and `memory` need asset sets: `python setup/download.py demo`
+makes some. Other options go to the configuration: `python tests/bench.py update --device cuda --compile off`.
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
+import tools
 from envs import assets, dmc
 
 TASK = ("walker", "stand")
@@ -84,7 +92,7 @@ def bench_envs(args) -> None:
         from tests import upstream_envs
 
         dmc.check_rendering()
-        module = upstream_envs.load(Path(args.upstream).resolve())
+        module = upstream_envs.load(args.upstream)
         os.chdir(args.upstream)  # it looks for its files there
     rng = np.random.default_rng(0)
     print(f"ms per agent step (two inner steps, 64x64), medians of {args.steps}; reset: median of {args.resets}")
@@ -108,6 +116,117 @@ def bench_envs(args) -> None:
             print(
                 f"{variant or 'clean':15}{code:10}{physics:9.2f}{render:9.2f}{rest:9.2f}{share}{reset:9.1f}", flush=True
             )
+
+
+class Program:
+    """A process that runs `bench_program.py`."""
+
+    def __init__(self, code: str, upstream: str, options: list[str], **settings):
+        config = vars(tools.load_config(options)) | settings
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("bench_program.py")),
+            code,
+            upstream,
+            json.dumps(config),
+        ]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, part: str) -> dict[str, float]:
+        self.process.stdin.write(f"{part}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"error: {part} failed, see above")
+        return json.loads(answer)
+
+
+def take_turns(programs: dict[str, Program], parts: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians by program and name; the first round does not count."""
+    found = {name: {} for name in programs}
+    for number in tqdm(range(rounds + 1), disable=None, leave=False):
+        for part in parts:
+            for name, program in programs.items():
+                times = program.run(part)
+                for key, value in times.items() if number else ():
+                    found[name].setdefault(key, []).append(value)
+    for program in programs.values():
+        program.process.kill()
+    return {name: {key: float(np.median(values)) for key, values in times.items()} for name, times in found.items()}
+
+
+def show(title: str, found: dict[str, dict[str, float]], keys: list[str]) -> None:
+    reference = found.get("upstream")
+    columns = [*found, *(f"x {name}" for name in found if reference and name != "upstream")]
+    print(f"{title:18}" + "".join(f"{column:>16}" for column in columns))
+    for key in keys:
+        row = [f"{times[key]:16.1f}" for times in found.values()]
+        if reference:
+            row += [f"{reference[key] / times[key]:16.2f}" for name, times in found.items() if name != "upstream"]
+        print(f"{key:18}" + "".join(row), flush=True)
+
+
+def device_settings(options: list[str]) -> dict:
+    """The device and threads that a run with these options would have."""
+    import dreamer
+
+    config = tools.load_config(options)
+    return {"device": str(dreamer.pick_device(config.device)), "threads": config.threads or tools.default_threads(0)}
+
+
+def bench_update(args) -> None:
+    options = ["--configs", args.preset, *args.options]
+    settings = device_settings(options) | {"part": "update"}
+    programs = {"float32": ("ours", {"precision": 32}), "bf16": ("ours", {"precision": 16})}
+    if args.upstream:
+        programs["upstream"] = ("upstream", {})
+    programs = {
+        name: Program(code, str(args.upstream), options, **settings, **own) for name, (code, own) in programs.items()
+    }
+    found = take_turns(programs, ["update", "act", "sample"], args.rounds)
+    print(f"{args.preset} on {settings['device']}, {settings['threads']} threads, medians of {args.rounds}, ms (MiB)")
+    show("", found, ["update", "world model", "actor-critic", "act", "sample", "peak MiB"])
+
+
+def bench_loop(args) -> None:
+    # The same settings for both. Learning begins after two episodes; nothing is evaluated.
+    options = ["--configs", args.preset, "--task", "dmc_walker_stand", *args.options]
+    config, turn = tools.load_config(options), 5
+    settings = device_settings(options) | {
+        "part": "loop",
+        "turn": turn,
+        "pretrain": 1,
+        "actor_start": 0,
+        "log_every": 0,
+    }
+    settings |= {"prefill": config.envs * 20, "eval_episode_num": 0, "eval_every": config.steps, "simple_log": True}
+    with tempfile.TemporaryDirectory() as folder:
+        programs = {"ours": ("ours", {}), "overlap": ("ours", {"overlap": True})}
+        if args.upstream:
+            programs["upstream"] = ("upstream", {})
+        programs = {
+            name: Program(code, str(args.upstream), options, logdir=f"{folder}/{name}", **settings, **own)
+            for name, (code, own) in programs.items()
+        }
+        for _ in range(20 // turn + 2):  # prefill and the first updates
+            for program in programs.values():
+                program.run("loop")
+        found = take_turns(programs, ["loop"], args.rounds)
+    for times in found.values():
+        times["policy step"] = times["loop"] / (turn * config.envs)
+    print(f"{args.preset}, {config.envs} environments, {settings['threads']} threads, medians of {args.rounds}, ms")
+    show("", found, ["policy step", "peak MiB"])
+
+
+def bench_scaling(args) -> None:
+    options = ["--configs", args.preset, *args.options]
+    settings = device_settings(options) | {"part": "update"}
+    print(f"{'batch x length':>16}{'ms':>10}{'us / step':>12}{'peak MiB':>10}")
+    for batch, length in ((4, 32), (8, 32), (16, 32), (16, 64)):
+        program = Program("ours", "", options, **settings, batch_size=batch, batch_length=length)
+        found = take_turns({"": program}, ["update"], args.rounds)[""]
+        share = 1e3 * found["update"] / (batch * length)
+        print(f"{f'{batch} x {length}':>16}{found['update']:10.0f}{share:12.0f}{found['peak MiB']:10.0f}", flush=True)
 
 
 def memory(pids: list[int]) -> tuple[float, float]:
@@ -140,12 +259,21 @@ def bench_memory(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["envs", "memory"])
-    parser.add_argument("--upstream", help="a checkout of upstream to compare with")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--resets", type=int, default=3)
-    args = parser.parse_args()
-    {"envs": bench_envs, "memory": bench_memory}[args.part](args)
+    parts = {
+        "update": bench_update,
+        "loop": bench_loop,
+        "scaling": bench_scaling,
+        "envs": bench_envs,
+        "memory": bench_memory,
+    }
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--upstream", type=lambda path: Path(path).resolve(), help="a checkout to compare with")
+    parser.add_argument("--preset", default="dmc_vision", help="of configs.yaml")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each environment")
+    parser.add_argument("--resets", type=int, default=3, help="resets of each environment")
+    args, args.options = parser.parse_known_args()
+    parts[args.part](args)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,6 @@ def theirs(config, root: Path) -> dict:
     gym.Wrapper = Wrapper
     upstream = record_upstream.import_upstream(root)
     config.compile = config.video_pred_log = False
-    config.encoder.pop("_", None)
     times = {}
     if config.part == "loop":
         config.logdir = str(Path(config.logdir) / "upstream")
