@@ -45,6 +45,7 @@ class Agent(nn.Module):
         world_model: models.WorldModel,
         actor_critic: models.ActorCritic,
         explorer: exploration.Random | exploration.Plan2Explore | None,
+        probe: models.Probe | None = None,
         *,
         actions: int,
         discrete: bool,
@@ -56,6 +57,7 @@ class Agent(nn.Module):
     ):
         super().__init__()
         self.world_model, self.actor_critic, self.explorer = world_model, actor_critic, explorer
+        self.probe = probe
         self.actions, self.discrete = actions, discrete
         self.should_explore = tools.Until(expl_until)
         self.expl_amount, self.eval_noise = expl_amount, eval_noise
@@ -73,6 +75,8 @@ class Agent(nn.Module):
             behavior = self.explorer.behavior
             found |= {"explorer": self.explorer.optimizer}
             found |= {"expl_actor": behavior.actor_optimizer, "expl_value": behavior.value_optimizer}
+        if self.probe is not None:
+            found |= {"probe": self.probe.optimizer}
         return found
 
     def initial(self, n: int) -> Carry:
@@ -115,6 +119,8 @@ class Agent(nn.Module):
         `behavior` the world model learns alone.
         """
         branches, metrics = self.world_model.update(batch, mask)
+        if self.probe is not None:
+            metrics |= self.probe.update(self.world_model, batch, branches.raw_post)
         if not behavior:
             return metrics
         metrics |= self.actor_critic.update(self.world_model, branches.raw_post)
@@ -131,6 +137,7 @@ class Agent(nn.Module):
         """
         theirs = upstream_names(state)
         ours = {k: v for k, v in self.state_dict().items() if isinstance(v, Tensor) and "return_norm" not in k}
+        ours = {k: v for k, v in ours.items() if not k.startswith("probe.")}
         wrong = [k for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
         wrong += [k for k in ours if k not in theirs]
         extra = [k for k in theirs if k not in ours]
@@ -202,7 +209,8 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
     if config.batch_length < 2:
         raise ValueError(f"--batch_length must be at least 2, not {config.batch_length}")
     actions = int(act_space.n) if discrete else act_space.shape[0]
-    shapes = {key: space.shape for key, space in obs_space.items()}
+    # The agent must not see the picture without distraction; only the probe learns to draw it.
+    shapes = {key: space.shape for key, space in obs_space.items() if key != "clean_image"}
     block = {"act": config.act, "norm": config.norm}
     bf16 = config.precision == 16
 
@@ -335,10 +343,16 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
             optimizer=model_optimizer,
             **block,
         )
+    probe = None
+    if config.video_pred_log:
+        # The draws of its weights must not change those of the run.
+        with torch.random.fork_rng(devices=[]):
+            probe = models.Probe(networks.Decoder(rssm.feat_size, shapes, **config.decoder), model_optimizer)
     return Agent(
         world_model,
         task_behavior,
         explorer,
+        probe,
         actions=actions,
         discrete=discrete,
         expl_until=config.expl_until // config.action_repeat,
@@ -452,6 +466,7 @@ def env_options(config) -> dict:
         "distracting_cs_intensity": config.distracting_cs_intensity,
         "distracting_cs_dynamic": config.distracting_cs_dynamic,
         "scene_files": config.scene_files,
+        "clean_image": config.video_pred_log,
     }
 
 
@@ -482,6 +497,12 @@ def make_envs(config, stream: str, start: int = 0, task: str = "") -> envs.Vecto
     )
 
 
+def load_agent(agent: Agent, state: dict) -> None:
+    """Weights of a checkpoint of ours, from a run with or without a probe, which is left as it is."""
+    kept = {key: value for key, value in agent.state_dict().items() if key.startswith("probe.")}
+    agent.load_state_dict({key: value for key, value in state.items() if not key.startswith("probe.")} | kept)
+
+
 def load_weights(agent: Agent, path: str) -> None:
     """`--init_from`: an upstream `latest.pt` or a checkpoint of ours."""
     file = Path(path).expanduser()
@@ -490,7 +511,7 @@ def load_weights(agent: Agent, path: str) -> None:
     state = tools.load_checkpoint(file, agent.device)
     if "agent" in state:
         try:
-            agent.load_state_dict(state["agent"])
+            load_agent(agent, state["agent"])
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
             raise tools.UserError(f"--init_from {path} does not fit this configuration: {first}") from error
@@ -515,8 +536,13 @@ def env_action(agent: Agent, action: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: False) -> tuple[dict, np.ndarray | None]:
-    """Mean over the first `episodes` episodes to finish, and the frames (T,H,W,C) of one of them."""
+def evaluate(
+    agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: False, seen: list[dict] | None = None
+) -> tuple[dict, np.ndarray | None]:
+    """Mean over the first `episodes` episodes to finish, and the frames (T,H,W,C) of one of them.
+
+    `seen` collects the rows of that one: observation and the action that led to it.
+    """
     done, carry = np.ones(vec.num_envs, bool), None
     score, length = np.zeros(vec.num_envs), np.zeros(vec.num_envs, int)
     finished, frames, recording = [], [], True
@@ -528,6 +554,9 @@ def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: Fals
             frames.append(vec.render(0))
         elif recording and "image" in obs:
             frames.append(obs["image"][0])
+        if recording and seen is not None:
+            before = np.zeros(agent.actions, np.float32) if carry is None else carry.action[0].cpu().numpy()
+            seen.append({**{key: value[0] for key, value in obs.items()}, "action": before})
         action, carry = agent.policy(obs, carry, training=False)
         obs, reward, done, info = vec.step(env_action(agent, action))
         score, length = score + reward, length + 1
@@ -541,6 +570,12 @@ def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: Fals
     return {k: float(v) for k, v in metrics.items()}, np.stack(frames) if frames else None
 
 
+def open_loop(agent: Agent, rows: list[dict], length: int = 60) -> np.ndarray:
+    """Open-loop video (T,n H,W,C) of the first `length` rows of an episode, see `models.Probe.open_loop`."""
+    batch = {key: torch.as_tensor(np.stack([row[key] for row in rows[:length]])[None]) for key in rows[0]}
+    return agent.probe.open_loop(agent.world_model, batch)[0].cpu().numpy()
+
+
 def train(run: Run, stopped) -> None:
     """Collect and learn until the run is finished; `stopped()` ends it early."""
     config, agent, replay, logger, count = run.config, run.agent, run.replay, run.logger, run.count
@@ -550,13 +585,16 @@ def train(run: Run, stopped) -> None:
     while not (run.finished or stopped()):
         if count["policy_step"] >= count["next_eval"]:
             for name, eval_vec in run.eval_envs.items():
-                metrics, frames = evaluate(agent, eval_vec, config.eval_episode_num, stopped)
+                seen = None if agent.probe is None else []
+                metrics, frames = evaluate(agent, eval_vec, config.eval_episode_num, stopped, seen)
                 if stopped():
                     break
                 prefix = f"eval/{name}/" if name else "eval/"
                 logger.scalars({prefix + key: value for key, value in metrics.items()})
                 if frames is not None:
                     logger.video(f"{prefix}policy", frames)
+                if seen:
+                    logger.video(f"{prefix}openloop", open_loop(agent, seen), fps=10, strip=5)
             if stopped():
                 break
             run.write(only="eval/")
@@ -655,7 +693,7 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
             if agent is None:
                 agent = make_agent(config, vec.observation_space, vec.action_space, device)
                 if checkpoint:
-                    agent.load_state_dict(checkpoint["agent"])
+                    load_agent(agent, checkpoint["agent"])
                 else:
                     load_weights(agent, config.init_from)
             metrics, _ = evaluate(agent, vec, config.eval_episode_num)

@@ -83,9 +83,9 @@ CHOICES = {
 
 # Options that a resumed run may change: they do not alter what has been learnt so far.
 MAY_CHANGE = (
-    "compile|dataset_size|debug|decoder|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task|evaldir"
+    "compile|dataset_size|debug|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task|evaldir"
     "|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|parallel|post_mlr|simple_log|steps|threads"
-    "|traindir|video_pred_log|videodir"
+    "|traindir|videodir"
 )
 
 
@@ -750,7 +750,7 @@ class Logger:
         self.path = self.logdir / "metrics.jsonl"
         self.rows, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
         self.sums: dict[tuple[str, ...], tuple] = {}
-        self.videos: dict[str, tuple[np.ndarray, int]] = {}
+        self.videos: dict[str, tuple[np.ndarray, int, int]] = {}
         self.returns: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.opened, self.writer = False, None
@@ -780,10 +780,13 @@ class Logger:
         if numbers:
             self._add(tuple(numbers), np.array(list(numbers.values())))
 
-    def video(self, name: str, frames: np.ndarray, fps: int = 30) -> None:
-        """Frames uint8 (T,H,W,3), encoded at the next write to `video/NAME_STEP.mp4` and TensorBoard."""
+    def video(self, name: str, frames: np.ndarray, fps: int = 30, strip: int = 0) -> None:
+        """Frames uint8 (T,H,W,3), encoded at the next write to `video/NAME_STEP.mp4` and TensorBoard.
+
+        `strip` adds a NAME_STEP.png with every so many of them side by side.
+        """
         if not self.simple:
-            self.videos[name] = (frames, fps)
+            self.videos[name] = (frames, fps, strip)
 
     def progress(self, step: int) -> None:
         """Move the progress bar; cheap enough for every step."""
@@ -810,8 +813,8 @@ class Logger:
         if self.writer:
             for key, value in (counters | metrics).items():
                 self.writer.add_scalar(key, value, step)
-            for name, (frames, fps) in self.videos.items():
-                self._write_video(name, frames, fps)
+            for name, video in self.videos.items():
+                self._write_video(name, *video)
             self.writer.flush()
         self.videos = {}
         self.returns |= {key: value for key, value in metrics.items() if key.endswith("return")}
@@ -869,12 +872,15 @@ class Logger:
 
             self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1 if self.rows else 0)
 
-    def _write_video(self, name: str, frames: np.ndarray, fps: int) -> None:
+    def _write_video(self, name: str, frames: np.ndarray, fps: int, strip: int) -> None:
+        from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         path = self.logdir / "video" / f"{name.replace('/', '_')}_{self.step}.mp4"
         path.parent.mkdir(exist_ok=True)
         save_mp4(path, frames, fps)
+        if strip:
+            Image.fromarray(np.concatenate(frames[::strip], 1)).save(path.with_suffix(".png"))
         # TensorBoard's own add_video needs moviepy.
         image = Summary.Image(
             height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=encode_gif(frames, fps)
