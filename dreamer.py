@@ -365,11 +365,6 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
 
 # --- running --------------------------------------------------------------------------------------------------------
 
-# The columns of TensorBoard's table of runs; all options would make it unreadable.
-HPARAMS = ["task", "seed", "nomlr", "nosimsr", "mbr_scale", "simsr_scale", "mask_ratio", "patch_size", "block_size"]
-HPARAMS += ["encoder_tau", "dynamics_tau", "dyn_deter", "dyn_stoch", "dyn_discrete", "batch_size", "batch_length"]
-HPARAMS += ["train_ratio", "model_lr", "actor_lr", "value_lr"]
-
 
 class Run:
     """Everything a training run consists of and a checkpoint restores."""
@@ -401,8 +396,8 @@ class Run:
         # Until this many policy steps actions are random; the first evaluation comes right after.
         self.prefill = max(config.prefill, config.envs)
         self.count = {"policy_step": 0, "update": 0, "episode": 0, "next_eval": self.prefill, "evaluated": -1}
-        hparams = {name: getattr(config, name) for name in HPARAMS}
-        self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps, hparams=hparams)
+        options = {key: value for key, value in tools.flatten(vars(config)).items() if key != "logdir"}
+        self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps, options=options)
         if checkpoint:
             self.restore(checkpoint)
         elif config.init_from:

@@ -735,21 +735,24 @@ def save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
         file.mux(stream.encode())
 
 
+FIRST_COLUMNS = ("task", "seed", "nomlr", "nosimsr", "mask_ratio")
+
+
 class Logger:
     """Averages metrics between writes: rows of `metrics.jsonl`, TensorBoard, a console line and a progress bar.
 
     `step` counts environment frames. Everything that depends on the clock is under `time` (seconds of training, earlier
-    starts of the run included) and `fps/...`. `simple` leaves out TensorBoard and videos. `hparams` are the
-    columns of TensorBoard's table of runs, beside their last eval/return; it takes the keys of one run for all.
+    starts of the run included) and `fps/...`. `simple` leaves out TensorBoard and videos. `options` are
+    the columns of TensorBoard's table of runs (its tab HPARAMS), beside the last eval/return.
 
     A logger continues the file only after `load_state_dict`; rows that came later than that checkpoint are dropped at
     the first write, and so are all rows if there was no checkpoint.
     """
 
     def __init__(
-        self, logdir: Path, *, step: int = 0, simple: bool = False, total_steps: int, hparams: dict | None = None
+        self, logdir: Path, *, step: int = 0, simple: bool = False, total_steps: int, options: dict | None = None
     ):
-        self.hparams = hparams
+        self.options = options
         self.logdir, self.step, self.simple, self.total_steps = Path(logdir), step, simple, total_steps
         self.path = self.logdir / "metrics.jsonl"
         self.rows, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
@@ -873,13 +876,26 @@ class Logger:
         if not self.simple:
             # Imported here: it takes seconds that a simple logger need not spend.
             from torch.utils.tensorboard import SummaryWriter
-            from torch.utils.tensorboard.summary import hparams
 
             self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1 if self.rows else 0)
-            if self.hparams:
-                # Not add_hparams, which would make a second run of each.
-                for summary in hparams(self.hparams, {"eval/return": None}):
-                    self.writer.file_writer.add_summary(summary)
+            if self.options:
+                self._write_options()
+
+    def _write_options(self) -> None:
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {k: str(v) if isinstance(v, list | None) else v for k, v in self.options.items()}
+        # Not the writer's add_hparams, which would make a second run of each.
+        columns, start, _ = hparams(values, {"eval/return": None})
+        # TensorBoard shows five columns at first: those that are marked as differing, then in alphabetical order.
+        plugin = columns.value[0].metadata.plugin_data
+        data = HParamsPluginData.FromString(plugin.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = info.name in FIRST_COLUMNS
+        plugin.content = data.SerializeToString()
+        for summary in (columns, start):
+            self.writer.file_writer.add_summary(summary)
 
     def _write_video(self, name: str, frames: np.ndarray, fps: int, strip: int) -> None:
         from PIL import Image
