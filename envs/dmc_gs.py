@@ -89,14 +89,14 @@ class Colors(Distraction):
 
 
 class GreenScreen(Distraction):
-    """Videos behind the robot: one per episode, in order, from the second on, each from its first frame."""
+    """Videos behind the robot: one per episode, in order, each from its first frame. Seed 0 begins with the second."""
 
     def __init__(self, clips: Sequence[video.Clip]):
         self._clips = clips
         self.seed(0)
 
     def seed(self, seed: int) -> None:
-        self._episode = 0  # nothing is random here
+        self._episode = seed  # nothing is random here
 
     def before_reset(self, physics) -> None:
         self._episode = (self._episode + 1) % len(self._clips)
