@@ -571,6 +571,29 @@ def evaluate(
     return {k: float(v) for k, v in metrics.items()}, np.stack(frames) if frames else None
 
 
+def distracted_tasks(config) -> dict[str, str]:
+    """Variant -> task of the control suite, of those that the run is trained and evaluated on."""
+    parsed = {task: envs.parse_task(task) for task in (config.task, *config.eval_task)}
+    return {found.variant: task for task, found in parsed.items() if found.suite == "dmc" and found.variant}
+
+
+def robustness_due(config, step: int) -> bool:
+    """Whether a multiple of `robustness_every` frames was passed since the evaluation before this one."""
+    every = config.robustness_every
+    return every > 0 and step // every > (step - config.eval_every) // every
+
+
+def measure_robustness(agent: Agent, config) -> dict[str, float]:
+    """Scalars of figures/robustness.py. Takes no random numbers from the run."""
+    from figures import robustness
+
+    found = {}
+    for variant, task in distracted_tasks(config).items():
+        numbers = robustness.measure(agent, *robustness.render(task, env_options(config) | {"clean_image": False}))
+        found |= {f"robustness/{variant}/{name}": numbers[name] for name in robustness.NUMBERS}
+    return found
+
+
 def open_loop(agent: Agent, rows: list[dict], length: int = 60) -> np.ndarray:
     """Open-loop video (T,n H,W,C) of the first `length` rows of an episode, see `models.Probe.open_loop`."""
     batch = {key: torch.as_tensor(np.stack([row[key] for row in rows[:length]])[None]) for key in rows[0]}
@@ -599,6 +622,9 @@ def train(run: Run, stopped) -> None:
             if stopped():
                 break
             run.write(only="eval/")
+            if robustness_due(config, run.step):
+                logger.scalars(measure_robustness(agent, config))
+                run.write(only="robustness/")
             count["next_eval"] += config.eval_every // config.action_repeat
             count["evaluated"] = count["policy_step"]
             run.save()
@@ -656,6 +682,8 @@ def run(argv: list[str]) -> int:
     # Finds out now, before workers start, whether the task, its files and rendering are in order.
     for task in {config.task, *eval_tasks(config).values()}:
         envs.prepare(task, **env_options(config) | {"total_frames": 1})
+    if config.robustness_every and not distracted_tasks(config):
+        raise tools.UserError("--robustness_every needs a --task or --eval_task with distraction: dmc_..._video")
     device, logdir = pick_device(config.device), Path(config.logdir).expanduser()
     tools.keep_memory()
     torch.set_num_threads(config.threads or tools.default_threads(0))

@@ -83,9 +83,9 @@ CHOICES = {
 
 # Options that a resumed run may change: they do not alter what has been learnt so far.
 MAY_CHANGE = (
-    "compile|dataset_size|debug|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task|evaldir"
-    "|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|parallel|post_mlr|simple_log|steps|threads"
-    "|traindir|videodir"
+    "compile|dataset_size|debug|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task"
+    "|evaldir|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|parallel|post_mlr"
+    "|robustness_every|simple_log|steps|threads|traindir|videodir"
 )
 
 
