@@ -381,10 +381,9 @@ class Probe(nn.Module):
             else:
                 state = rssm.img_step(state, action, sample=False)
             states.append(state)
-        model = next(iter(self.decoder.cnn.values()))(stack_states(states, 1).feat)
-        key = next(iter(self.decoder.cnn))
-        truth = self.target(data)[key]
-        pictures = [truth, model.clamp(-0.5, 0.5), (model - truth).clamp(-1.0, 1.0) / 2.0]
+        key, decoder = next(iter(self.decoder.cnn.items()))
+        truth, model = self.target(data)[key], decoder(stack_states(states, 1).feat).clamp(-0.5, 0.5)
+        pictures = [truth, model, (model - truth) / 2.0]
         if "clean_image" in data:
             pictures.insert(0, data["image"])
         # (B, T, n H, W, C)
