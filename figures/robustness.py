@@ -135,7 +135,7 @@ def load(logdir: str, args) -> tuple[SimpleNamespace, dict]:
     # Options that are younger than the run have their defaults.
     flat = tools.flatten(vars(tools.load_config([]))) | tools.flatten(saved["config"])
     config = SimpleNamespace(**tools.unflatten(flat))
-    config.video_pred_log, config.eval_episode_num = False, args.episodes
+    config.video_pred_log = False
     for name in ("resource_files", "ds_resource_path"):
         if getattr(args, name):
             setattr(config, name, getattr(args, name))

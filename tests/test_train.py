@@ -89,8 +89,8 @@ def test_same_seed_gives_the_same_metrics(trained, tmp_path):
     assert all(torch.equal(value, theirs["agent"][key]) for key, value in weights.items())
     assert torch.equal(ours["rng"]["torch"], theirs["rng"]["torch"])
     assert len(list((tmp_path / "log/video").glob("eval_openloop_*.mp4"))) == 3
-    # Every fifth of 21 rows; truth, model and error of 32 x 32 pixels
-    assert Image.open(tmp_path / "log/video/eval_openloop_280.png").size == (5 * 32, 3 * 32)
+    # Every fifth of 20 rows; truth, model and error of 32 x 32 pixels
+    assert Image.open(tmp_path / "log/video/eval_openloop_280.png").size == (4 * 32, 3 * 32)
     # Its weights serve a run without a probe.
     done = run(tmp_path / "log", "--eval_only")
     assert done.returncode == 0, done.stderr
