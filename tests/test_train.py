@@ -17,6 +17,7 @@ from PIL import Image
 import dreamer
 import envs
 import tools
+from figures import openloop
 from tests.helpers import ROOT, SMALL, make_agent, make_config
 
 SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
@@ -185,6 +186,15 @@ def test_evaluate_only(trained):
     assert header.split()[:4] == ["task", "episodes", "return", "std"]
     assert row.split()[:2] == ["dmc_cartpole_balance", "2"] and all(float(x) >= 0 for x in row.split()[2:4])
     assert read_rows(trained) == before
+
+
+def test_open_loop_of_a_finished_run(trained, tmp_path, capsys):
+    before = (trained / "latest.pt").read_bytes()
+    assert openloop.main([str(trained), "--updates", "3", "--out", str(tmp_path / "o.png")]) == 0, capsys.readouterr()
+    # Every fifth of 20 rows; truth, model and error of 32 x 32 pixels
+    assert Image.open(tmp_path / "o.png").size == (4 * 32, 3 * 32) and (tmp_path / "o.mp4").exists()
+    assert (trained / "latest.pt").read_bytes() == before
+    assert openloop.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err
 
 
 def test_evaluation_on_other_tasks(tmp_path):
