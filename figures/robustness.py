@@ -177,7 +177,7 @@ def draw(rows: list[dict], pictures: dict[str, np.ndarray], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names, tasks = [*NUMBERS, "return"], list(dict.fromkeys(row["task"] for row in rows))
+    names = [name for name in (*NUMBERS, "return") if any(name in row for row in rows)]
     runs = list(dict.fromkeys(row["run"] for row in rows))
     figure = plt.figure(figsize=(14, 2.2 + 1.1 * len(pictures) + 0.25 * len(runs)), layout="constrained")
     above, below, foot = figure.subfigures(3, 1, height_ratios=[1.1 * len(pictures), 2.2, 0.25 * len(runs)])
@@ -188,6 +188,7 @@ def draw(rows: list[dict], pictures: dict[str, np.ndarray], path: Path) -> None:
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"one state, {task}", fontsize=9)
     for axis, name in zip(below.subplots(1, len(names)), names, strict=True):
+        tasks = list(dict.fromkeys(row["task"] for row in rows if name in row))
         for i, run in enumerate(runs):
             found = {row["task"]: row.get(name, np.nan) for row in rows if row["run"] == run}
             x = np.arange(len(tasks)) + (i - (len(runs) - 1) / 2) * 0.8 / len(runs)
