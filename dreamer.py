@@ -57,6 +57,7 @@ class Agent(nn.Module):
         world_model: models.WorldModel,
         actor_critic: models.ActorCritic,
         explorer: exploration.Random | exploration.Plan2Explore | None,
+        probe: models.Probe | None = None,
         *,
         actions: int,
         discrete: bool,
@@ -68,6 +69,7 @@ class Agent(nn.Module):
     ):
         super().__init__()
         self.world_model, self.actor_critic, self.explorer = world_model, actor_critic, explorer
+        self.probe = probe
         self.actions, self.discrete = actions, discrete
         self.should_explore = tools.Until(expl_until)
         self.expl_amount, self.eval_noise = expl_amount, eval_noise
@@ -99,6 +101,8 @@ class Agent(nn.Module):
             behavior = self.explorer.behavior
             found |= {"explorer": self.explorer.optimizer}
             found |= {"expl_actor": behavior.actor_optimizer, "expl_value": behavior.value_optimizer}
+        if self.probe is not None:
+            found |= {"probe": self.probe.optimizer}
         return found
 
     def initial(self, n: int) -> Carry:
@@ -155,6 +159,8 @@ class Agent(nn.Module):
         """All of `update` that only reads and writes tensors, always the same ones: it can be recorded."""
         batch = {key: value for key, value in inputs.items() if key != "mask"}
         branches, metrics = self.world_model.update(batch, inputs.get("mask"))
+        if self.probe is not None:
+            metrics |= self.probe.update(self.world_model, batch, branches.raw_post)
         if not behavior:
             return metrics
         metrics |= self.actor_critic.update(self.world_model, branches.raw_post)
@@ -171,6 +177,7 @@ class Agent(nn.Module):
         """
         theirs = upstream_names(state)
         ours = {k: v for k, v in self.state_dict().items() if isinstance(v, Tensor) and "return_norm" not in k}
+        ours = {k: v for k, v in ours.items() if not k.startswith("probe.")}
         wrong = [k for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
         wrong += [k for k in ours if k not in theirs]
         extra = [k for k in theirs if k not in ours]
@@ -242,7 +249,8 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
     if config.batch_length < 2:
         raise ValueError(f"--batch_length must be at least 2, not {config.batch_length}")
     actions = int(act_space.n) if discrete else act_space.shape[0]
-    shapes = {key: space.shape for key, space in obs_space.items()}
+    # The agent must not see the picture without distraction; only the probe learns to draw it.
+    shapes = {key: space.shape for key, space in obs_space.items() if key != "clean_image"}
     block = {"act": config.act, "norm": config.norm}
     bf16 = config.precision == 16
 
@@ -375,10 +383,16 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
             optimizer=model_optimizer,
             **block,
         )
+    probe = None
+    if config.video_pred_log:
+        # The draws of its weights must not change those of the run.
+        with torch.random.fork_rng(devices=[]):
+            probe = models.Probe(networks.Decoder(rssm.feat_size, shapes, **config.decoder), model_optimizer)
     return Agent(
         world_model,
         task_behavior,
         explorer,
+        probe,
         actions=actions,
         discrete=discrete,
         expl_until=config.expl_until // config.action_repeat,
@@ -436,7 +450,8 @@ class Run:
         self.count |= {"owed": 0, "skipped": 0, "worker_restarts": 0}
         # The episodes in progress: whether over (n,), return so far (n,), length so far (n,), the policy's memory.
         self.live = np.ones(n, bool), np.zeros(n), np.zeros(n, int), None
-        self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps)
+        options = {key: value for key, value in tools.flatten(vars(config)).items() if key != "logdir"}
+        self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps, options=options)
         if checkpoint:
             self.restore(checkpoint)
         elif config.init_from:
@@ -538,6 +553,7 @@ def env_options(config) -> dict:
         "distracting_cs_intensity": config.distracting_cs_intensity,
         "distracting_cs_dynamic": config.distracting_cs_dynamic,
         "scene_files": config.scene_files,
+        "clean_image": config.video_pred_log,
     }
 
 
@@ -585,6 +601,12 @@ def load_common_checkpoint(path: Path, device: torch.device) -> dict | None:
     return checkpoint
 
 
+def load_agent(agent: Agent, state: dict) -> None:
+    """Weights of a checkpoint of ours, from a run with or without a probe, which is left as it is."""
+    kept = {key: value for key, value in agent.state_dict().items() if key.startswith("probe.")}
+    agent.load_state_dict({key: value for key, value in state.items() if not key.startswith("probe.")} | kept)
+
+
 def load_weights(agent: Agent, path: str) -> None:
     """`--init_from`: an upstream `latest.pt` or a checkpoint of ours."""
     file = Path(path).expanduser()
@@ -593,7 +615,7 @@ def load_weights(agent: Agent, path: str) -> None:
     state = tools.load_checkpoint(file, agent.device)
     if "agent" in state:
         try:
-            agent.load_state_dict(state["agent"])
+            load_agent(agent, state["agent"])
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
             raise tools.UserError(f"--init_from {path} does not fit this configuration: {first}") from error
@@ -618,8 +640,13 @@ def env_action(agent: Agent, action: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: False) -> tuple[dict, np.ndarray | None]:
-    """Mean over the first `episodes` episodes to finish, and the frames (T,H,W,C) of one of them."""
+def evaluate(
+    agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: False, seen: list[dict] | None = None
+) -> tuple[dict, np.ndarray | None]:
+    """Mean over the first `episodes` episodes to finish, and the frames (T,H,W,C) of one of them.
+
+    `seen` collects the rows of that one: observation and the action that led to it.
+    """
     done, carry = np.ones(vec.num_envs, bool), None
     score, length = np.zeros(vec.num_envs), np.zeros(vec.num_envs, int)
     finished, frames, recording = [], [], True
@@ -632,6 +659,9 @@ def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: Fals
             recording = frames[-1] is not None
         elif recording and "image" in obs:
             frames.append(obs["image"][0])
+        if recording and seen is not None:
+            before = np.zeros(agent.actions, np.float32) if carry is None else carry.action[0].cpu().numpy()
+            seen.append({**{key: value[0] for key, value in obs.items()}, "action": before})
         action, carry = agent.policy(obs, carry, training=False)
         obs, reward, done, info = vec.step(env_action(agent, action))
         score, length = score + reward, length + 1
@@ -644,6 +674,35 @@ def evaluate(agent: Agent, vec: envs.Vector, episodes: int, stopped=lambda: Fals
     metrics |= {"success": successes.mean(), "episodes": episodes}
     frames = [frame for frame in frames if frame is not None]
     return {k: float(v) for k, v in metrics.items()}, np.stack(frames) if frames else None
+
+
+def distracted_tasks(config) -> dict[str, str]:
+    """Variant -> task of the control suite, of those that the run is trained and evaluated on."""
+    parsed = {task: envs.parse_task(task) for task in (config.task, *config.eval_task)}
+    return {found.variant: task for task, found in parsed.items() if found.suite == "dmc" and found.variant}
+
+
+def robustness_due(config, step: int) -> bool:
+    """Whether a multiple of `robustness_every` frames was passed since the evaluation before this one."""
+    every = config.robustness_every
+    return every > 0 and step // every > (step - config.eval_every) // every
+
+
+def measure_robustness(agent: Agent, config) -> dict[str, float]:
+    """Scalars of figures/robustness.py. Takes no random numbers from the run."""
+    from figures import robustness
+
+    found = {}
+    for variant, task in distracted_tasks(config).items():
+        numbers = robustness.measure(agent, *robustness.render(task, env_options(config) | {"clean_image": False}))
+        found |= {f"robustness/{variant}/{name}": numbers[name] for name in robustness.NUMBERS}
+    return found
+
+
+def open_loop(agent: Agent, rows: list[dict], length: int = 60) -> np.ndarray:
+    """Open-loop video (T,n H,W,C) of the first `length` rows of an episode, see `models.Probe.open_loop`."""
+    batch = {key: torch.as_tensor(np.stack([row[key] for row in rows[:length]])[None]) for key in rows[0]}
+    return agent.probe.open_loop(agent.world_model, batch)[0].cpu().numpy()
 
 
 def train(run: Run, stopped) -> None:
@@ -666,17 +725,23 @@ def train(run: Run, stopped) -> None:
             check_updates(run, unchecked)
             found, rng = {}, tools.rng_state()
             for name, eval_vec in run.eval_envs.items():
-                found[name] = evaluate(agent, eval_vec, config.eval_episode_num, at_once)
+                seen = None if agent.probe is None else []
+                found[name] = *evaluate(agent, eval_vec, config.eval_episode_num, at_once, seen), seen
             if at_once():
                 tools.set_rng_state(rng)
                 break
-            for name, (metrics, frames) in found.items():
+            for name, (metrics, frames, seen) in found.items():
                 prefix = f"eval/{name}/" if name else "eval/"
                 logger.scalars({prefix + key: value for key, value in metrics.items()})
                 if frames is not None:
                     logger.video(f"{prefix}policy", frames)
+                if seen:
+                    logger.video(f"{prefix}openloop", open_loop(agent, seen), fps=10, strip=5)
             run.note_evaluation_state()
             run.write(only="eval/")
+            if run.rank == 0 and robustness_due(config, run.step):
+                logger.scalars(measure_robustness(agent, config))
+                run.write(only="robustness/")
             count["next_eval"] += config.eval_every // config.action_repeat
             count["evaluated"] = count["policy_step"]
             save()
@@ -803,6 +868,8 @@ def run(argv: list[str]) -> int:
     # Finds out now, before workers start, whether the task, its files and rendering are in order.
     for task in {config.task, *eval_tasks(config).values()}:
         envs.prepare(task, **env_options(config) | {"total_frames": 1})
+    if config.robustness_every and not distracted_tasks(config):
+        raise tools.UserError("--robustness_every needs a --task or --eval_task with distraction: dmc_..._video")
     device, logdir = pick_device(config.device), Path(config.logdir).expanduser()
     tools.keep_memory()
     busy = config.envs if config.overlap and config.parallel else 0
@@ -821,7 +888,8 @@ def run(argv: list[str]) -> int:
     if rank == 0:
         tools.check_config(config, logdir)
     else:
-        logdir, config.simple_log, sys.stdout = logdir / f"rank{rank}", True, open(os.devnull, "w")
+        logdir, config.simple_log = logdir / f"rank{rank}", True
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     lock = tools.lock(logdir)
     print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
 
@@ -863,7 +931,7 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
             if agent is None:
                 agent = make_agent(config, vec.observation_space, vec.action_space, device)
                 if checkpoint:
-                    agent.load_state_dict(checkpoint["agent"])
+                    load_agent(agent, checkpoint["agent"])
                 else:
                     load_weights(agent, config.init_from)
             metrics, _ = evaluate(agent, vec, config.eval_episode_num)

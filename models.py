@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import hrssm
 import tools
-from networks import RSSM, ActorHead, Normal, OneHot, ScalarHead, State, bound_action, stack_states
+from networks import RSSM, ActorHead, Decoder, Normal, OneHot, ScalarHead, State, bound_action, stack_states
 
 
 def autocast(reference: Tensor, enabled: bool) -> torch.autocast:
@@ -342,3 +342,52 @@ class ActorCritic(nn.Module):
 
     def set_extra_state(self, updates: int) -> None:
         self.updates = updates
+
+
+class Probe(nn.Module):
+    """A decoder on detached features, to look at what the latent holds. Nothing of it reaches the world model.
+
+    It learns to draw `clean_image` where the environment has it, else what was observed, from the raw branch's
+    posterior.
+    """
+
+    def __init__(self, decoder: Decoder, optimizer: dict):
+        super().__init__()
+        if not decoder.image_shapes:
+            raise ValueError("--video_pred_log needs pictures: set --decoder.cnn_keys image")
+        self.decoder = decoder
+        self.optimizer = tools.Optimizer("probe", decoder.parameters(), **optimizer)
+
+    def update(self, world_model: WorldModel, batch: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+        """One step on a batch (B,T,*) of replay and the latent states (B,T,*) of its rows."""
+        target = self.target(world_model.preprocess(batch))
+        return self.optimizer.step(self.decoder.loss(state.feat.detach(), target).mean())
+
+    def target(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**data, "image": data.get("clean_image", data.get("image"))}
+
+    @torch.no_grad()
+    def open_loop(self, world_model: WorldModel, batch: dict[str, Tensor], context: int = 10) -> Tensor:
+        """What the model expects to see: frames (B,T,H,W,C) uint8 of several pictures one above the other.
+
+        The model watches `context` steps of `batch` (B,T,*), then imagines the rest from the actions alone. From the
+        top: observed (if that is not the truth), truth, model, error (grey is none). Latents are modes, so there is
+        no randomness.
+        """
+        data, rssm = world_model.preprocess(batch), world_model.rssm
+        # (B, T, E)
+        embed, state, states = world_model.hybrid.encoder(data), rssm.initial(data["is_first"].shape[:1]), []
+        for t in range(data["is_first"].shape[1]):
+            action = data["action"][:, t]
+            if t < context:
+                state = rssm.obs_step(state, action, embed[:, t], data["is_first"][:, t], sample=False)
+            else:
+                state = rssm.img_step(state, action, sample=False)
+            states.append(state)
+        key, decoder = next(iter(self.decoder.cnn.items()))
+        truth, model = self.target(data)[key], decoder(stack_states(states, 1).feat).clamp(-0.5, 0.5)
+        pictures = [truth, model, (model - truth) / 2.0]
+        if "clean_image" in data:
+            pictures.insert(0, data["image"])
+        # (B, T, n H, W, C)
+        return ((torch.cat(pictures, 2) + 0.5) * 255.0).round().to(torch.uint8)

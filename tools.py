@@ -122,9 +122,9 @@ CHOICES = {
 
 # Options that a resumed run may change: they do not alter what has been learnt so far.
 MAY_CHANGE = (
-    "compile|dataset_size|debug|decoder|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task|evaldir"
-    "|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|on_nan|parallel|post_mlr|save_every|simple_log"
-    "|steps|threads|traindir|video_pred_log|videodir|worker_timeout"
+    "compile|dataset_size|debug|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task"
+    "|evaldir|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|on_nan|overlap|parallel"
+    "|post_mlr|robustness_every|save_every|simple_log|steps|threads|traindir|videodir|worker_timeout"
 )
 
 
@@ -946,22 +946,29 @@ def save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
         file.mux(stream.encode())
 
 
+FIRST_COLUMNS = ("task", "seed", "nomlr", "nosimsr", "mask_ratio")
+
+
 class Logger:
     """Averages metrics between writes: rows of `metrics.jsonl`, TensorBoard, a console line and a progress bar.
 
     `step` counts environment frames. Everything that depends on the clock is under `time` (seconds of training, earlier
-    starts of the run included) and `fps/...`. `simple` leaves out TensorBoard and videos.
+    starts of the run included) and `fps/...`. `simple` leaves out TensorBoard and videos. `options` are
+    the columns of TensorBoard's table of runs (its tab HPARAMS), beside the last eval/return.
 
     A logger continues the file only after `load_state_dict`; rows that came later than that checkpoint are dropped at
     the first write, and so are all rows if there was no checkpoint.
     """
 
-    def __init__(self, logdir: Path, *, step: int = 0, simple: bool = False, total_steps: int):
+    def __init__(
+        self, logdir: Path, *, step: int = 0, simple: bool = False, total_steps: int, options: dict | None = None
+    ):
+        self.options = options
         self.logdir, self.step, self.simple, self.total_steps = Path(logdir), step, simple, total_steps
         self.path = self.logdir / "metrics.jsonl"
         self.rows, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
         self.sums: dict[tuple[str, ...], tuple] = {}
-        self.videos: dict[str, tuple[np.ndarray, int]] = {}
+        self.videos: dict[str, tuple[np.ndarray, int, int]] = {}
         self.returns: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.opened, self.writer = False, None
@@ -993,10 +1000,13 @@ class Logger:
         if numbers:
             self._add(tuple(numbers), np.array(list(numbers.values())))
 
-    def video(self, name: str, frames: np.ndarray, fps: int = 30) -> None:
-        """Frames uint8 (T,H,W,3), encoded at the next write to `video/NAME_STEP.mp4` and TensorBoard."""
+    def video(self, name: str, frames: np.ndarray, fps: int = 30, strip: int = 0) -> None:
+        """Frames uint8 (T,H,W,3), encoded at the next write to `video/NAME_STEP.mp4` and TensorBoard.
+
+        `strip` adds a NAME_STEP.png with every so many of them side by side.
+        """
         if not self.simple:
-            self.videos[name] = (frames, fps)
+            self.videos[name] = (frames, fps, strip)
 
     def progress(self, step: int) -> None:
         """Move the progress bar; cheap enough for every step."""
@@ -1023,8 +1033,8 @@ class Logger:
         if self.writer:
             for key, value in (counters | metrics).items():
                 self.writer.add_scalar(key, value, step)
-            for name, (frames, fps) in self.videos.items():
-                self._write_video(name, frames, fps)
+            for name, video in self.videos.items():
+                self._write_video(name, *video)
             self.writer.flush()
         self.videos = {}
         self.returns |= {key: value for key, value in metrics.items() if key.endswith("return")}
@@ -1083,13 +1093,34 @@ class Logger:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1 if self.rows else 0)
+            if self.options:
+                self._write_options()
 
-    def _write_video(self, name: str, frames: np.ndarray, fps: int) -> None:
+    def _write_options(self) -> None:
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {k: str(v) if isinstance(v, list | None) else v for k, v in self.options.items()}
+        # Not the writer's add_hparams, which would make a second run of each.
+        columns, start, _ = hparams(values, {"eval/return": None})
+        # TensorBoard shows five columns at first: those that are marked as differing, then in alphabetical order.
+        plugin = columns.value[0].metadata.plugin_data
+        data = HParamsPluginData.FromString(plugin.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = info.name in FIRST_COLUMNS
+        plugin.content = data.SerializeToString()
+        for summary in (columns, start):
+            self.writer.file_writer.add_summary(summary)
+
+    def _write_video(self, name: str, frames: np.ndarray, fps: int, strip: int) -> None:
+        from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         path = self.logdir / "video" / f"{name.replace('/', '_')}_{self.step}.mp4"
         path.parent.mkdir(exist_ok=True)
         save_mp4(path, frames, fps)
+        if strip:
+            Image.fromarray(np.concatenate(frames[::strip], 1)).save(path.with_suffix(".png"))
         # TensorBoard's own add_video needs moviepy.
         image = Summary.Image(
             height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=encode_gif(frames, fps)

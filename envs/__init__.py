@@ -22,7 +22,7 @@ from gymnasium.wrappers import TimeLimit
 from envs.task import EnvError, Task
 from envs.vector import Vector
 
-__all__ = ["EnvError", "Task", "Vector", "make", "make_vector", "parse_task", "prepare"]
+__all__ = ["EnvError", "Task", "Vector", "check_same_state", "make", "make_vector", "parse_task", "prepare"]
 
 SUITES = {
     "dmc": "envs.dmc",
@@ -57,6 +57,7 @@ def prepare(
     distracting_cs_intensity: float = 0.1,
     distracting_cs_dynamic: bool = True,
     scene_files: str = "../Matterport/data/matterport3d/*.glb",
+    clean_image: bool = False,
 ) -> Callable[[], gymnasium.Env]:
     """Check the task and its files, decode what it needs, and return a picklable constructor of the environment.
 
@@ -75,6 +76,8 @@ def prepare(
         distracting_cs_intensity: difficulty of `distracting_cs` and `sensor_cs`.
         distracting_cs_dynamic: whether these distractions move within an episode.
         scene_files: glob or folder of the rooms (.glb) of an `rms` task.
+        clean_image: with a distraction of the control suite, observe `clean_image` too: the picture without it. That
+            takes a second simulator, which goes through the same motions.
 
     Raises:
         EnvError: unknown task, no usable background file, no simulator, or no way to render.
@@ -82,8 +85,8 @@ def prepare(
     parsed = parse_task(task)
     if min(*size, action_repeat, time_limit) < 1 or total_frames < 0:
         raise EnvError("size, action_repeat and time_limit must be at least 1, and total_frames at least 0")
-    constructor = _suite(parsed.suite).prepare(
-        parsed,
+    family = functools.partial(
+        _suite(parsed.suite).prepare,
         size=tuple(size),
         action_repeat=action_repeat,
         seed=seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed),
@@ -97,7 +100,8 @@ def prepare(
         distracting_cs_dynamic=distracting_cs_dynamic,
         scene_files=scene_files,
     )
-    return functools.partial(_construct, constructor, time_limit)
+    twin = family(parsed._replace(variant="")) if clean_image and parsed.suite == "dmc" and parsed.variant else None
+    return functools.partial(_construct, family(parsed), twin, time_limit)
 
 
 def make(task: str, **options) -> gymnasium.Env:
@@ -138,5 +142,39 @@ def _suite(name: str):
     return importlib.import_module(SUITES[name])
 
 
-def _construct(constructor: Callable[[], gymnasium.Env], time_limit: int) -> gymnasium.Env:
-    return TimeLimit(constructor(), max_episode_steps=time_limit)
+def _construct(constructor: Callable, twin: Callable | None, time_limit: int) -> gymnasium.Env:
+    env = constructor() if twin is None else WithCleanImage(constructor(), twin())
+    return TimeLimit(env, max_episode_steps=time_limit)
+
+
+class WithCleanImage(gymnasium.Wrapper):
+    """Adds `clean_image`: what a `twin` without distraction, seeded alike, shows after the same actions."""
+
+    def __init__(self, env: gymnasium.Env, twin: gymnasium.Env):
+        super().__init__(env)
+        self.twin = twin
+        spaces = dict(env.observation_space)
+        self.observation_space = gymnasium.spaces.Dict(spaces | {"clean_image": spaces["image"]})
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._joined(observation, self.twin.reset(seed=seed)[0]), info
+
+    def step(self, action: np.ndarray):
+        observation, *result = self.env.step(action)
+        return self._joined(observation, self.twin.step(action)[0]), *result
+
+    def close(self) -> None:
+        self.env.close()
+        self.twin.close()
+
+    def _joined(self, observation: dict, clean: dict) -> dict:
+        check_same_state(observation, clean)
+        return {**observation, "clean_image": clean["image"]}
+
+
+def check_same_state(observation: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """Raise RuntimeError if two simulators, of which only the pictures may differ, have not moved alike."""
+    for key, value in observation.items():
+        if key != "image" and not np.array_equal(value, other[key]):
+            raise RuntimeError(f"a simulator without distraction moved otherwise than the one with it: {key} differs")

@@ -190,11 +190,14 @@ class ControlSuite(gymnasium.Env):
         )
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """`options` may hold a `distraction_seed`, to see the same episode through another distraction."""
         super().reset(seed=seed)
         if seed is not None:
             task_seed, distraction_seed = two_seeds(np.random.SeedSequence(seed))
             self._random.seed(task_seed)
             self._distraction.seed(distraction_seed)
+        if options and "distraction_seed" in options:
+            self._distraction.seed(options["distraction_seed"])
         self._running = True
         self._distraction.before_reset(self._env.physics)
         time_step = self._env.reset()

@@ -91,7 +91,7 @@ class Colors(Distraction):
 
 
 class GreenScreen(Distraction):
-    """Videos behind the robot: one per episode, in order, from the second on, each from its first frame."""
+    """Videos behind the robot: one per episode, in order, each from its first frame. Seed 0 begins with the second."""
 
     lasting = ("_episode",)
 
@@ -100,7 +100,7 @@ class GreenScreen(Distraction):
         self.seed(0)
 
     def seed(self, seed: int) -> None:
-        self._episode = 0  # nothing is random here
+        self._episode = seed  # nothing is random here
 
     def before_reset(self, physics) -> None:
         self._episode = (self._episode + 1) % len(self._clips)

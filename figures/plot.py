@@ -45,6 +45,7 @@ RESAMPLINGS = 2000
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 # Options that say nothing about the method.
 NO_METHOD = f"{tools.MAY_CHANGE}|seed|task|shared_env_seed|resource_files|scene_files|ds_resource_path"
+NO_METHOD += "|video_pred_log|decoder"
 
 
 class Run(NamedTuple):

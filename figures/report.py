@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs: curves, results, what differs, videos, settings and versions.
+"""One self-contained HTML page about runs: curves, results, what differs, videos, robustness, versions.
 
 python figures/report.py ./log --out report.html
 
@@ -6,6 +6,7 @@ Curves and results follow the rules of figures/plot.py, which takes the same opt
 """
 
 import base64
+import csv
 import html
 import io
 import json
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tools
 from figures import plot
 
+ROBUSTNESS = ("denoising_factor", "action_agreement", "value_agreement")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
@@ -26,6 +28,7 @@ table { border-collapse: collapse; font-size: .9em } .wide { overflow-x: auto }
 th, td { text-align: left; vertical-align: top; padding: .2em .8em .2em 0; border-bottom: 1px solid #eee }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums }
 .videos { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 200px; font-size: .85em }
+.strip { width: 100%; image-rendering: pixelated }
 video { width: 200px; image-rendering: pixelated; background: #000 }
 """
 
@@ -112,6 +115,54 @@ def videos(runs: Sequence[plot.Run]) -> str:
     return f'<div class="videos">{"".join(figures)}</div>' if figures else "<p>The runs have none.</p>"
 
 
+def strips(runs: Sequence[plot.Run]) -> str:
+    """The latest open-loop strip of every run that has one."""
+    figures = []
+    for run in runs:
+        paths = sorted((run.logdir / "video").glob("eval*openloop_*.png"), key=plot.natural)
+        if paths:
+            caption = f"{run.task}, {run.method}, seed {run.seed}, step {paths[-1].stem.rpartition('_')[2]}"
+            source = data_uri("image/png", paths[-1].read_bytes())
+            figures.append(
+                f'<p class="note">{html.escape(caption)}</p><img class="strip" alt="open loop" src="{source}">'
+            )
+    note = (
+        "Every fifth frame. From the top: observed (if that is not the truth), truth, model, error (grey is none). The "
+    )
+    note += "model watches 10 frames, the first two pictures, then imagines the rest from the actions alone."
+    return "".join([f'<p class="note">{note}</p>', *figures]) if figures else "<p>The runs have none.</p>"
+
+
+def robustness(runs: Sequence[plot.Run], path: str | None) -> str:
+    """Last measurement during training of every run, and the table and picture of figures/robustness.py at `path`."""
+    rows, parts = [], []
+    for run in runs:
+        last = {}
+        for row in plot.read_rows(run.logdir):
+            last |= {key: value for key, value in row.items() if key.startswith("robustness/")}
+        variants = plot.unique(key.split("/")[1] for key in last)
+        for variant in variants:
+            values = [last.get(f"robustness/{variant}/{name}") for name in ROBUSTNESS]
+            values = [float("nan") if value is None else value for value in values]
+            rows.append((run.task, run.method, str(run.seed), variant, *values))
+    if rows:
+        parts.append(table(["task", "method", "seed", "variant", *ROBUSTNESS], rows))
+    if path:
+        with open(path, newline="") as file:
+            header, *lines = csv.reader(file)
+        parts.append(table(header, [[number(cell) for cell in line] for line in lines]))
+        picture = Path(path).with_suffix(".png").read_bytes()
+        parts.append(f'<img alt="robustness" src="{data_uri("image/png", picture)}">')
+    return "".join(parts) or "<p>Not measured: --robustness_every, or figures/robustness.py and --robustness.</p>"
+
+
+def number(text: str) -> float | str:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return text
+
+
 def versions(runs: Sequence[plot.Run]) -> str:
     """A row per combination of commit, device and versions among all starts of the runs, and how many starts."""
     starts = [start for run in runs for start in tools.read_config(run.logdir)["runs"]]
@@ -124,8 +175,8 @@ def versions(runs: Sequence[plot.Run]) -> str:
     return table(["commit", "device", *names, "starts"], counted)
 
 
-def page(runs: Sequence[plot.Run], results: plot.Results) -> str:
-    """The whole page, HTML."""
+def page(runs: Sequence[plot.Run], results: plot.Results, measured: str | None = None) -> str:
+    """The whole page, HTML; `measured` is a CSV of figures/robustness.py."""
     different, shared = differences(runs)
     tasks = plot.unique(run.task for run in runs)
     title = f"{', '.join(tasks[:3])}{' ...' if len(tasks) > 3 else ''}: {len(runs)} runs"
@@ -149,6 +200,12 @@ rely on.{html.escape(dashed)}</p>
 {different}
 <h2>Latest evaluation videos</h2>
 {videos(runs)}
+<h2>Open loop</h2>
+{strips(runs)}
+<h2>Robustness</h2>
+{robustness(runs, measured)}
+<p class="note">1: the distraction changes nothing; 0: it matters as much as the state (denoising factor) or decides
+alone (agreements).</p>
 <h2>Versions</h2>
 {versions(runs)}
 <h2>Settings that all share</h2>
@@ -158,9 +215,11 @@ rely on.{html.escape(dashed)}</p>
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = plot.arguments(__doc__, "report.html").parse_args(argv)
+    parser = plot.arguments(__doc__, "report.html")
+    parser.add_argument("--robustness", help="CSV of figures/robustness.py, whose picture lies beside it")
+    args = parser.parse_args(argv)
     try:
-        text = page(*plot.load(args))
+        text = page(*plot.load(args), args.robustness)
         Path(args.out).write_text(text)
     except (tools.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -129,6 +129,7 @@ start() {
     exec "${command[@]}" >>"${runs[$1]}/sweep.log" 2>&1
   ) &
   running[$!]=$1
+  [ -z "$stopped" ] || stop "$stopped" # the signal came just before
 }
 
 # Waits for one process to end and notes how.

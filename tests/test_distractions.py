@@ -173,6 +173,9 @@ def test_videos_advance_as_in_the_benchmark():
         stored = np.load(clips[video][0])
         for t in range(LENGTHS[video] + 2):
             np.testing.assert_array_equal(screen.paint(green, t == 0), stored[t % LENGTHS[video]])
+    screen.seed(1)
+    screen.before_reset(None)
+    np.testing.assert_array_equal(screen.paint(green, True), np.load(clips[2][0])[0])
 
 
 @pytest.mark.parametrize("edge", [352, 480, 218, 100, 64])

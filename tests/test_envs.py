@@ -716,3 +716,22 @@ def test_no_way_to_render_is_one_line(start):
     assert process.returncode != 0
     last = err.strip().splitlines()[-1]
     assert "MuJoCo cannot render (MUJOCO_GL=nonsense" in last and "setup/install.sh" in last and "libegl1" in last
+
+
+def test_clean_image_is_the_same_state_without_distraction():
+    options = {"size": (32, 32), "seed": 3, "img_source": "noise", "time_limit": 5}
+    env = envs.make("dmc_finger_turn_hard_video", clean_image=True, **options)
+    clean = envs.make("dmc_finger_turn_hard", clean_image=True, **options)
+    assert "clean_image" in env.observation_space.spaces and "clean_image" not in clean.observation_space.spaces
+    for _ in range(2):  # the target moves with every reset
+        pairs = [(env.reset()[0], clean.reset()[0])]
+        for action in np.linspace(-1, 1, 10).reshape(5, 2):
+            pairs.append((env.step(action)[0], clean.step(action)[0]))
+        for observed, expected in pairs:
+            assert (observed["clean_image"] == expected["image"]).all()
+            assert (observed["image"] != expected["image"]).any()
+    env.unwrapped.step(np.ones(2))
+    with pytest.raises(RuntimeError, match="moved otherwise"):
+        env.env.step(np.ones(2))
+    env.close()
+    clean.close()

@@ -197,12 +197,19 @@ def test_report_is_one_self_contained_page(sweep):
     noise = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
     for step, frames in zip((900, 1000), noise, strict=True):
         tools.save_mp4(run / "video" / f"eval_policy_{step}.mp4", frames, 10)
+    Image.new("RGB", (8, 8)).save(run / "video" / "eval_openloop_900.png")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 300, "robustness/video/denoising_factor": 0.4321}\n')
     write_run(sweep / "<b>", [1.0], task="dmc_<b>_run")
-    assert report.main([str(sweep), "--out", str(sweep / "r.html")]) == 0
+    (sweep / "rb.csv").write_text("run,task,denoising_factor\nlog,dmc_walker_stand_video,0.8765\n")
+    Image.new("RGB", (8, 8)).save(sweep / "rb.png")
+    argv = [str(sweep), "--out", str(sweep / "r.html"), "--robustness", str(sweep / "rb.csv")]
+    assert report.main(argv) == 0
     page = (sweep / "r.html").read_text()
     (video,) = re.findall(r'src="data:video/mp4;base64,([^"]+)"', page)
     assert base64.b64decode(video) == (run / "video" / "eval_policy_1000.mp4").read_bytes()  # the latest
-    assert len(re.findall(r'<img [^>]*src="data:image/png;base64', page)) == 1
+    assert len(re.findall(r'<img [^>]*src="data:image/png;base64', page)) == 3  # curves, open loop, robustness
+    assert "0.4321" in page and "0.8765" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "dmc_<b>" not in page and "dmc_&lt;b&gt;" in page
     assert "<tr><td>nomlr</td>" in page and tools.package_version("torch") in page

@@ -375,3 +375,57 @@ def test_options_that_cannot_work_say_so(options, message):
     with pytest.raises(tools.UserError, match=message) as error:
         make_agent(*options.pop("argv", []), **options)
     assert "\n" not in str(error.value)
+
+
+# --- probe ----------------------------------------------------------------------------------------------------------
+
+
+def test_probe_learns_the_clean_picture_and_leaves_the_rest_alone():
+    batch = make_batch()
+    batch["clean_image"] = batch["image"] // 2
+    sizes = {"--decoder.cnn_depth": "4", "--decoder.mlp_keys": "position"}
+    plain = make_agent(vectors=True)
+    probed = make_agent("--video_pred_log", *sum(sizes.items(), ()), vectors=True)
+    losses, states = [], []
+    for agent in (plain, probed):
+        torch.manual_seed(0)
+        losses.append([float(agent.update(batch).get("probe_loss", 0.0)) for _ in range(5)])
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    for key, value in plain.state_dict().items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, probed.state_dict()[key]), key
+    assert losses[1][0] > losses[1][-1]
+    target = probed.probe.target(probed.world_model.preprocess(batch))["image"]
+    torch.testing.assert_close(target, batch["clean_image"] / 255.0 - 0.5)
+
+
+def test_open_loop_sees_the_context_alone():
+    agent = make_agent("--video_pred_log", "--decoder.cnn_depth", "4", vectors=True)
+    batch = make_batch(rows=1, steps=8, resets=((0, 0),))
+    torch.nn.init.normal_(agent.probe.decoder.cnn["image"].linear.weight)
+
+    def rows(**changes):
+        found = agent.probe.open_loop(agent.world_model, batch | changes, context=3)
+        return found[0].reshape(8, -1, 64, 64, 3).unbind(1)
+
+    before = torch.get_rng_state()
+    truth, model, error = rows()
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(truth, batch["image"][0])
+    expected = (model.double() - truth.double()) / 2 + 127.5
+    assert float((error.double() - expected).abs().max()) <= 1.0
+
+    image, action = batch["image"].clone(), batch["action"].clone()
+    image[:, 3:] = 0
+    assert torch.equal(rows(image=image)[1], model)
+    image[:, 2] = 0
+    assert not torch.equal(rows(image=image)[1][3:], model[3:])
+    action[:, 5] = -action[:, 5]
+    changed = rows(action=action)[1]
+    assert torch.equal(changed[:5], model[:5]) and not torch.equal(changed[5:], model[5:])
+    assert torch.equal(rows(clean_image=batch["image"] // 2)[1], batch["image"][0] // 2), "clean is the truth then"
+
+
+def test_probe_needs_pictures():
+    with pytest.raises(tools.UserError, match="decoder.cnn_keys image"):
+        make_agent("--video_pred_log", "--decoder.cnn_keys", "$^")

@@ -38,12 +38,30 @@ def sweep(tmp_path):
     shutil.copy(SWEEP, tmp_path / "setup")
     (tmp_path / "dreamer.py").write_text(TRAIN)
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    processes = []
 
     def start(arguments):
         command = [tmp_path / "setup/sweep.sh", "--logdir", tmp_path / "my runs", *arguments.split()]
-        return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                # Background jobs of a shell ignore SIGINT, tests among them, and a script cannot trap what it inherits
+                # as ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+        )
+        return processes[-1]
 
-    return start
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def finish(process):

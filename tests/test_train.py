@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dreamer
 import envs
 import tools
+from figures import openloop
 from tests.helpers import ROOT, SMALL, make_agent, make_config
 
 SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
@@ -76,10 +78,23 @@ def test_every_logged_metric_is_explained_in_the_readme(trained):
 
 
 def test_same_seed_gives_the_same_metrics(trained, tmp_path):
-    """Serial and parallel environments, two runs: identical rows apart from times."""
-    done = run(tmp_path / "log", "--parallel", "True")
+    """Serial and parallel environments, without and with a probe, two runs: identical rows apart from times."""
+    done = run(tmp_path / "log", "--parallel", "True", "--video_pred_log")
     assert done.returncode == 0, done.stderr
-    assert read_rows(tmp_path / "log") == read_rows(trained)
+    rows = read_rows(tmp_path / "log")
+    probe = [row.pop("loss/probe_loss") for row in rows if row.pop("opt/probe_grad_norm", None)]
+    assert rows == read_rows(trained)
+    assert len(probe) > 2 and probe[-1] < probe[0]
+    ours, theirs = (tools.load_checkpoint(folder / "latest.pt") for folder in (trained, tmp_path / "log"))
+    weights = {key: value for key, value in ours["agent"].items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(value, theirs["agent"][key]) for key, value in weights.items())
+    assert torch.equal(ours["rng"]["torch"], theirs["rng"]["torch"])
+    assert len(list((tmp_path / "log/video").glob("eval_openloop_*.mp4"))) == 3
+    # Every fifth of 20 rows; truth, model and error of 32 x 32 pixels
+    assert Image.open(tmp_path / "log/video/eval_openloop_280.png").size == (4 * 32, 3 * 32)
+    # Its weights serve a run without a probe.
+    done = run(tmp_path / "log", "--eval_only")
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_seed_gives_other_metrics(trained, tmp_path):
@@ -173,14 +188,25 @@ def test_evaluate_only(trained):
     assert read_rows(trained) == before
 
 
+def test_open_loop_of_a_finished_run(trained, tmp_path, capsys):
+    before = (trained / "latest.pt").read_bytes()
+    assert openloop.main([str(trained), "--updates", "3", "--out", str(tmp_path / "o.png")]) == 0, capsys.readouterr()
+    # Every fifth of 20 rows; truth, model and error of 32 x 32 pixels
+    assert Image.open(tmp_path / "o.png").size == (4 * 32, 3 * 32) and (tmp_path / "o.mp4").exists()
+    assert (trained / "latest.pt").read_bytes() == before
+    assert openloop.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err
+
+
 def test_evaluation_on_other_tasks(tmp_path):
     tasks = "dmc_cartpole_balance,dmc_cartpole_balance_sensor_cs,dmc_cartpole_swingup"
-    done = run(tmp_path, "--steps", "100", "--eval_task", tasks)
+    done = run(tmp_path, "--steps", "100", "--eval_task", tasks, "--robustness_every", "100")
     assert done.returncode == 0, done.stderr
     names = ["clean", "sensor_cs", "swingup_clean"]
     rows = [row for row in read_rows(tmp_path) if "eval/clean/return" in row]
     assert rows and all(f"eval/{name}/return" in row for row in rows for name in names)
     assert "eval/return" not in rows[-1]
+    found = [row for row in read_rows(tmp_path) if "robustness/sensor_cs/denoising_factor" in row]
+    assert [row["step"] for row in found] == [120]
     assert all(list((tmp_path / "video").glob(f"*{name}*")) for name in names)
     table = run(tmp_path, "--eval_only", "--eval_task", tasks).stdout.splitlines()[-3:]
     assert [line.split()[0] for line in table] == tasks.split(",")
@@ -215,6 +241,7 @@ BAD_INPUT = {
     "wrong type": (["--batch_size", "four"], "whole number"),
     "impossible value": (["--mask_ratio", "1.5"], "--mask_ratio"),
     "missing videos": (["--task", "dmc_walker_stand_video", "--resource_files", "nowhere/*.mp4"], "nowhere/*.mp4"),
+    "nothing to be robust to": (["--robustness_every", "100"], "--robustness_every needs"),
     "absent device": (["--device", "cuda:7"], "cuda:7"),
     "absent weights": (["--init_from", "nowhere.pt"], "nowhere.pt"),
 }
