@@ -29,8 +29,8 @@ SMALL += " --imag_horizon 4 --encoder.cnn_depth 4 --encoder.mlp_units 24 --devic
 TRAIN = "--configs tiny --task dmc_cartpole_balance --envs 2 --steps 100000000 --time_limit 200 --prefill 100"
 TRAIN += " --eval_every 1200 --eval_episode_num 2 --log_every 200 --save_every 0.5 --dataset_size 2000"
 TRAIN += f" --worker_timeout 40 {SMALL}"
-DOT = "--configs tiny --task gym_tests.soak:Dot-v0 --envs 2 --parallel False --size 16,16 --patch_size 4 --encoder.minres 2"
-DOT += " --steps 400 --time_limit 80 --prefill 20 --eval_every 100 --eval_episode_num 1 --log_every 20 --train_ratio 8"
+DOT = "--configs tiny --task gym_tests.soak:Dot-v0 --envs 2 --parallel False --size 16,16 --patch_size 4"
+DOT += " --encoder.minres 2 --steps 400 --time_limit 80 --prefill 20 --eval_every 100 --eval_episode_num 1 --log_every 20 --train_ratio 8"
 DOT += f" --save_every 1e-9 {SMALL}"
 
 
@@ -196,10 +196,8 @@ def soak(args) -> int:
     )
     print(f"| seconds lost: worst (a save comes every 30 s) | {max(s for _, s in lost):.0f} |")
     print(f"| slowest stop | {slowest:.1f} s |")
-    growth = [(last[0] - first[0], last[1] - first[1]) for first, last in memory]
-    print(
-        f"| growth within a start, median: memory, open files | {np.median(growth, 0)[0]:.1f} MiB, {np.median(growth, 0)[1]:.0f} |"
-    )
+    more, files = np.median([(last[0] - first[0], last[1] - first[1]) for first, last in memory], 0)
+    print(f"| growth within a start, median: memory, open files | {more:.1f} MiB, {files:.0f} |")
     ends = [last for _, last in memory]
     print(f"| first and last start at their end: memory | {ends[0][0]:.0f}, {ends[-1][0]:.0f} MiB |")
     print(f"| open files | {ends[0][1]}, {ends[-1][1]} |")
@@ -217,7 +215,6 @@ def kill_points(args) -> int:
     import torch
 
     import dreamer
-    import tools
 
     torch.set_num_threads(1)
     random.seed(args.seed)
@@ -268,7 +265,9 @@ def kill_points(args) -> int:
             if count % 100 == 0:
                 print(f"{count} kills, {finished} runs finished, {len(problems)} problems", flush=True)
     print(
-        f"\n| kills | loadable afterwards | resumed | runs finished | kills in the middle of a write | problems |\n|{'---|' * 6}"
+        "\n| kills | loadable afterwards | resumed | runs finished | killed in a write | problems |\n"
+        + "|---" * 6
+        + "|"
     )
     torn = sum(count for name, count in phases.items() if name != "between writes")
     print(f"| {args.count} | {loads} | {resumed} | {finished} | {torn} | {len(problems)} |")
