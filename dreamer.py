@@ -676,12 +676,16 @@ def rows(obs: dict[str, np.ndarray], *, action: np.ndarray, reward: np.ndarray, 
     return {key: values[chosen] for key, values in found.items()}
 
 
+EXTREMES = ("train/min_reward", "train/max_reward")
+
+
 def update(run: Run, batch: dict[str, Tensor], unchecked: list) -> None:
     """One update and its metrics. With `--on_nan skip` it is undone if it is not finite, else `unchecked` gets it."""
     config, count = run.config, run.count
     before = copy.deepcopy(run.learned()) if config.on_nan == "skip" else None
     metrics = grouped(run.agent.update(batch, behavior=count["update"] >= config.actor_start))
-    watched = {k: v for k, v in metrics.items() if k.startswith(("loss/", "opt/"))}
+    # A distribution over buckets gives a NaN reward a finite loss.
+    watched = {k: v for k, v in metrics.items() if k.startswith(("loss/", "opt/")) or k in EXTREMES}
     finite = torch.stack(list(watched.values())).isfinite()
     count["update"] += 1
     if before is None:

@@ -30,7 +30,8 @@ TRAIN = "--configs tiny --task dmc_cartpole_balance --envs 2 --steps 100000000 -
 TRAIN += " --eval_every 1200 --eval_episode_num 2 --log_every 200 --save_every 0.5 --dataset_size 2000"
 TRAIN += f" --worker_timeout 40 {SMALL}"
 DOT = "--configs tiny --task gym_tests.soak:Dot-v0 --envs 2 --parallel False --size 16,16 --patch_size 4"
-DOT += " --encoder.minres 2 --steps 400 --time_limit 80 --prefill 20 --eval_every 100 --eval_episode_num 1 --log_every 20 --train_ratio 8"
+DOT += " --encoder.minres 2 --steps 400 --time_limit 32 --prefill 20 --eval_every 100 --eval_episode_num 1"
+DOT += " --log_every 20 --train_ratio 8"
 DOT += f" --save_every 1e-9 {SMALL}"
 
 
@@ -62,6 +63,11 @@ if __name__ != "__main__":  # `gym_tests.soak:Dot-v0` imports this file by its n
     gymnasium.register("Dot-v0", Dot)
 
 
+def read_lines(logdir: Path) -> list[str]:
+    path = logdir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def read(logdir: Path):
     """Counters, rows and everything else wrong with a run's folder: (step, update, seconds, rows, replay, problems)."""
     import tools
@@ -70,8 +76,7 @@ def read(logdir: Path):
     state = tools.load_checkpoint(logdir / "latest.pt")
     if state is None:
         return None
-    lines = (logdir / "metrics.jsonl").read_text().splitlines()[: state["logger"]["rows"]]
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in read_lines(logdir)[: state["logger"]["rows"]]]
     for key in ("step", "update", "episode", "time"):
         values = [row[key] for row in rows]
         if values != sorted(values):
@@ -168,8 +173,7 @@ def soak(args) -> int:
         state, rows, replay, found = read(logdir)
         problems += [f"start {starts}: {problem}" for problem in found]
         step = 4 * state["count"]["policy_step"]
-        lines = (logdir / "metrics.jsonl").read_text().splitlines()
-        complete = [json.loads(line) for line in lines if line.endswith("}")]
+        complete = [json.loads(line) for line in read_lines(logdir) if line.endswith("}")]
         reached = max([row["step"] for row in complete[state["logger"]["rows"] :]], default=step)
         late = [row["time"] for row in complete[state["logger"]["rows"] :]]
         if kind != "SIGKILL":
@@ -221,7 +225,7 @@ def kill_points(args) -> int:
     folder = Path(tempfile.mkdtemp())
     dreamer.envs.prepare("gym_tests.soak:Dot-v0")  # tries how rendering works, once for all
     loads, resumed, finished, problems, furthest, phases = 0, 0, 0, [], 0, {}
-    number, before = 0, 0
+    number, before, reported = 0, 0, 0
     with contextlib.redirect_stderr(io.StringIO()) as complaints:
         for count in range(1, args.count + 1):
             logdir = folder / str(number)
@@ -262,6 +266,9 @@ def kill_points(args) -> int:
                 problems.append(f"kill {count}: {complaints.getvalue()}")
                 complaints.seek(0)
                 complaints.truncate()
+            if problems[reported:]:
+                print(*problems[reported:], sep="\n", flush=True)
+                reported = len(problems)
             if count % 100 == 0:
                 print(f"{count} kills, {finished} runs finished, {len(problems)} problems", flush=True)
     print(
@@ -271,7 +278,6 @@ def kill_points(args) -> int:
     )
     torn = sum(count for name, count in phases.items() if name != "between writes")
     print(f"| {args.count} | {loads} | {resumed} | {finished} | {torn} | {len(problems)} |")
-    print(*problems[:20], sep="\n")
     shutil.rmtree(folder)
     return bool(problems)
 
