@@ -430,7 +430,8 @@ class Run:
             vec.restarts = 0
         counters = {k: self.count[k] for k in ("policy_step", "update", "episode")}
         counters |= {k: self.count[k] for k in ("skipped", "worker_restarts") if self.count[k]}
-        self.logger.write(self.step, only=only, **counters)
+        with tools.writing(self.logdir):
+            self.logger.write(self.step, only=only, **counters)
 
     def learned(self) -> dict:
         """All that an update changes."""

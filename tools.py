@@ -856,7 +856,7 @@ class Logger:
         metrics |= self._rates({"step": step, **counters})
         row = {"step": step, **counters, **metrics, "time": round(self.seconds, 3)}
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        with writing(self.logdir), open(self.path, "a") as file:
+        with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows += 1
         if self.writer:

@@ -26,6 +26,7 @@ SMALL = (
     "--dyn_deter 24 --dyn_hidden 24 --dyn_stoch 4 --dyn_discrete 4 --units 24 --dyn_cont_stoch_size 8 --batch_size 2"
 )
 SMALL += " --imag_horizon 4 --encoder.cnn_depth 4 --encoder.mlp_units 24 --device cpu --simple_log True --pretrain 2"
+SMALL += " --actor_start 2"
 TRAIN = "--configs tiny --task dmc_cartpole_balance --envs 2 --steps 100000000 --time_limit 200 --prefill 100"
 TRAIN += " --eval_every 1200 --eval_episode_num 2 --log_every 200 --save_every 0.5 --dataset_size 2000"
 TRAIN += f" --worker_timeout 40 {SMALL}"
