@@ -698,9 +698,12 @@ def test_workers_import_neither_torch_nor_the_main_script_and_exit_quietly(start
     assert err == ""
 
 
-def test_workers_die_with_a_killed_parent(start):
+@pytest.mark.parametrize("hanging", [False, True])
+def test_workers_die_with_a_killed_parent(start, hanging):
     process = start("wait")
     worker = next(int(line.split()[1]) for line in process.stdout if line.startswith("worker"))
+    if hanging:
+        os.kill(worker, signal.SIGSTOP)
     process.kill()
     deadline = time.time() + 20
     while Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
