@@ -68,9 +68,12 @@ def writing(folder: Path) -> Iterator[None]:
     """Errors of the disk while a run's files are written become a UserError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises another one over it
+        if not isinstance(cause, OSError):
+            raise
         raise UserError(
-            f"cannot write to {folder} ({error.strerror or error}): make room or make it writable; the same command "
+            f"cannot write to {folder} ({cause.strerror or cause}): make room or make it writable; the same command "
             "then goes on from the last checkpoint"
         ) from error
 
