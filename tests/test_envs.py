@@ -14,7 +14,7 @@ import cv2
 import gymnasium
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import envs
@@ -135,6 +135,37 @@ def test_an_unknown_name_says_what_exists(task, message):
 
 
 # --- one environment
+
+
+WORDS = [
+    "dmc",
+    "rms",
+    "ms",
+    "walker",
+    "stand",
+    "ball",
+    "in",
+    "cup",
+    "catch",
+    "video",
+    "easy",
+    "point",
+    "mass",
+    "PickCube-v0",
+    "",
+]
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("_".join)))
+def test_any_text_is_a_task_or_one_line(text):
+    assume(not text.startswith("gym_"))  # these may import modules
+    try:
+        suite, domain, name, variant = envs.parse_task(text)
+    except envs.EnvError as error:
+        assert len(str(error).splitlines()) == 1 and error.args[0]
+    else:
+        rest = "_".join(filter(None, [domain, name, variant]))
+        assert envs.parse_task(f"{suite}_{rest}") == (suite, domain, name, variant)
 
 
 def test_it_is_a_gymnasium_environment():
