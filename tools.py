@@ -527,7 +527,14 @@ class Optimizer:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state)
+        own = self.optimizer.state_dict()["state"]
+        if not own or own.keys() != state["state"].keys():
+            self.optimizer.load_state_dict(state)
+            return
+        # In place: what has been recorded on a GPU goes on with the same tensors.
+        for index, values in own.items():
+            for key, value in values.items():
+                value.copy_(state["state"][index][key])
 
 
 # --- replay ---------------------------------------------------------------------------------------------------------
