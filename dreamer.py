@@ -482,7 +482,8 @@ class Run:
             vec.restarts = 0
         counters = {k: self.count[k] for k in ("policy_step", "update", "episode")}
         counters |= {k: self.count[k] for k in ("skipped", "worker_restarts") if self.count[k]}
-        self.logger.write(self.step, only=only, **counters)
+        with tools.writing(self.logdir):
+            self.logger.write(self.step, only=only, **counters)
 
     def learned(self) -> dict:
         """All that an update changes."""
@@ -809,12 +810,16 @@ def learn(run: Run, stopped, unchecked: list) -> bool:
     return not run.count["owed"]
 
 
+EXTREMES = ("train/min_reward", "train/max_reward")
+
+
 def update(run: Run, batch: dict[str, Tensor], unchecked: list) -> None:
     """One update and its metrics. With `--on_nan skip` it is undone if it is not finite, else `unchecked` gets it."""
     config, count = run.config, run.count
     before = copy.deepcopy(run.learned()) if config.on_nan == "skip" else None
     metrics = grouped(run.agent.update(batch, behavior=count["update"] >= config.actor_start))
-    watched = {k: v for k, v in metrics.items() if k.startswith(("loss/", "opt/"))}
+    # A distribution over buckets gives a NaN reward a finite loss.
+    watched = {k: v for k, v in metrics.items() if k.startswith(("loss/", "opt/")) or k in EXTREMES}
     finite = torch.stack(list(watched.values())).isfinite()
     count["update"] += 1
     if before is None:

@@ -70,9 +70,12 @@ def writing(folder: Path) -> Iterator[None]:
     """Errors of the disk while a run's files are written become a UserError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises another one over it
+        if not isinstance(cause, OSError):
+            raise
         raise UserError(
-            f"cannot write to {folder} ({error.strerror or error}): make room or make it writable; the same command "
+            f"cannot write to {folder} ({cause.strerror or cause}): make room or make it writable; the same command "
             "then goes on from the last checkpoint"
         ) from error
 
@@ -586,7 +589,14 @@ class Optimizer:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state)
+        own = self.optimizer.state_dict()["state"]
+        if not own or own.keys() != state["state"].keys():
+            self.optimizer.load_state_dict(state)
+            return
+        # In place: what has been recorded on a GPU goes on with the same tensors.
+        for index, values in own.items():
+            for key, value in values.items():
+                value.copy_(state["state"][index][key])
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------
@@ -1027,7 +1037,7 @@ class Logger:
         metrics |= self._rates({"step": step, **counters})
         row = {"step": step, **counters, **metrics, "time": round(self.seconds, 3)}
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        with writing(self.logdir), open(self.path, "a") as file:
+        with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows += 1
         if self.writer:

@@ -5,6 +5,7 @@ python tests/soak.py kill-points [--count 1000]  kills runs that save all the ti
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,11 +27,13 @@ SMALL = (
     "--dyn_deter 24 --dyn_hidden 24 --dyn_stoch 4 --dyn_discrete 4 --units 24 --dyn_cont_stoch_size 8 --batch_size 2"
 )
 SMALL += " --imag_horizon 4 --encoder.cnn_depth 4 --encoder.mlp_units 24 --device cpu --simple_log True --pretrain 2"
+SMALL += " --actor_start 2"
 TRAIN = "--configs tiny --task dmc_cartpole_balance --envs 2 --steps 100000000 --time_limit 200 --prefill 100"
-TRAIN += " --eval_every 1200 --eval_episode_num 2 --log_every 200 --save_every 0.5 --dataset_size 2000"
+TRAIN += " --eval_every 1200 --eval_episode_num 2 --log_every 200 --save_every 0.25 --train_ratio 4 --dataset_size 2000"
 TRAIN += f" --worker_timeout 40 {SMALL}"
-DOT = "--configs tiny --task gym_tests.soak:Dot-v0 --envs 2 --parallel False --size 16,16 --patch_size 4 --encoder.minres 2"
-DOT += " --steps 400 --time_limit 80 --prefill 20 --eval_every 100 --eval_episode_num 1 --log_every 20 --train_ratio 8"
+DOT = "--configs tiny --task gym_tests.soak:Dot-v0 --envs 2 --parallel False --size 16,16 --patch_size 4"
+DOT += " --encoder.minres 2 --steps 400 --time_limit 32 --prefill 20 --eval_every 100 --eval_episode_num 1"
+DOT += " --log_every 20 --train_ratio 8"
 DOT += f" --save_every 1e-9 {SMALL}"
 
 
@@ -62,6 +65,11 @@ if __name__ != "__main__":  # `gym_tests.soak:Dot-v0` imports this file by its n
     gymnasium.register("Dot-v0", Dot)
 
 
+def read_lines(logdir: Path) -> list[str]:
+    path = logdir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def read(logdir: Path):
     """Counters, rows and everything else wrong with a run's folder: (step, update, seconds, rows, replay, problems)."""
     import tools
@@ -70,8 +78,7 @@ def read(logdir: Path):
     state = tools.load_checkpoint(logdir / "latest.pt")
     if state is None:
         return None
-    lines = (logdir / "metrics.jsonl").read_text().splitlines()[: state["logger"]["rows"]]
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in read_lines(logdir)[: state["logger"]["rows"]]]
     for key in ("step", "update", "episode", "time"):
         values = [row[key] for row in rows]
         if values != sorted(values):
@@ -82,7 +89,8 @@ def read(logdir: Path):
     if len(set(evaluations)) != len(evaluations):
         problems.append("an evaluation twice")
     replay = tools.Replay(capacity=10_000, batch_size=1, batch_length=4, num_envs=2, seed=0, extra_rows=2000)
-    replay.load(logdir / "replay", state["replay"])
+    with contextlib.redirect_stdout(None):
+        replay.load(logdir / "replay", state["replay"])
     if len(replay) != sum(length for _, _, length in state["replay"]["episodes"]):
         problems.append("replay lacks rows")
     for number, slots in replay.episodes.items():
@@ -133,10 +141,15 @@ def soak(args) -> int:
     left_over, replaced = 0, 0
     saved_step, reached = 0, 0
     while time.monotonic() < end:
+        written = len(Path(log.name).read_text())
         process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
         starts += 1
-        stop = random.uniform(60, 150)
-        begun, children, samples, hurt = time.monotonic(), [], [], 0
+        stop = random.uniform(15, 90)
+        children, samples, hurt = [], [], 0
+        log.flush()
+        while process.poll() is None and "Replay:" not in Path(log.name).read_text()[written:]:
+            time.sleep(0.5)  # until it is resumed
+        begun = time.monotonic()
         while process.poll() is None and time.monotonic() - begun < stop:
             time.sleep(1)
             children = workers(process.pid) or children
@@ -168,8 +181,7 @@ def soak(args) -> int:
         state, rows, replay, found = read(logdir)
         problems += [f"start {starts}: {problem}" for problem in found]
         step = 4 * state["count"]["policy_step"]
-        lines = (logdir / "metrics.jsonl").read_text().splitlines()
-        complete = [json.loads(line) for line in lines if line.endswith("}")]
+        complete = [json.loads(line) for line in read_lines(logdir) if line.endswith("}")]
         reached = max([row["step"] for row in complete[state["logger"]["rows"] :]], default=step)
         late = [row["time"] for row in complete[state["logger"]["rows"] :]]
         if kind != "SIGKILL":
@@ -182,8 +194,8 @@ def soak(args) -> int:
         seconds = max(late, default=0.0) - state["logger"]["seconds"]
         lost.append((max(0, reached - step), max(0.0, seconds)))
         saved_step, frames, replaced = step, step, state["count"]["worker_restarts"]
-        if len(samples) > 30:  # after start-up
-            memory.append((samples[25], samples[-1]))
+        if len(samples) > 25:  # after the first updates
+            memory.append((samples[15], samples[-1]))
         print(f"start {starts}: {kind} at {stop:.0f} s, step {step}, lost {lost[-1][0]} frames", flush=True)
     log.close()
     print("\n| soak | |\n|---|---|")
@@ -194,12 +206,10 @@ def soak(args) -> int:
     print(
         f"| frames lost by SIGKILL: worst, mean over all stops | {max(lost)[0]}, {np.mean([x for x, _ in lost]):.0f} |"
     )
-    print(f"| seconds lost: worst (a save comes every 30 s) | {max(s for _, s in lost):.0f} |")
+    print(f"| seconds lost: worst (a save comes every 15 s) | {max(s for _, s in lost):.0f} |")
     print(f"| slowest stop | {slowest:.1f} s |")
-    growth = [(last[0] - first[0], last[1] - first[1]) for first, last in memory]
-    print(
-        f"| growth within a start, median: memory, open files | {np.median(growth, 0)[0]:.1f} MiB, {np.median(growth, 0)[1]:.0f} |"
-    )
+    more, files = np.median([(last[0] - first[0], last[1] - first[1]) for first, last in memory], 0)
+    print(f"| growth within a start, median: memory, open files | {more:.1f} MiB, {files:.0f} |")
     ends = [last for _, last in memory]
     print(f"| first and last start at their end: memory | {ends[0][0]:.0f}, {ends[-1][0]:.0f} MiB |")
     print(f"| open files | {ends[0][1]}, {ends[-1][1]} |")
@@ -211,20 +221,18 @@ def soak(args) -> int:
 
 def kill_points(args) -> int:
     """Each child is forked, so that it need not import; it trains with a save at every step until it is killed."""
-    import contextlib
     import io
 
     import torch
 
     import dreamer
-    import tools
 
     torch.set_num_threads(1)
     random.seed(args.seed)
     folder = Path(tempfile.mkdtemp())
     dreamer.envs.prepare("gym_tests.soak:Dot-v0")  # tries how rendering works, once for all
     loads, resumed, finished, problems, furthest, phases = 0, 0, 0, [], 0, {}
-    number, before = 0, 0
+    number, before, reported = 0, 0, 0
     with contextlib.redirect_stderr(io.StringIO()) as complaints:
         for count in range(1, args.count + 1):
             logdir = folder / str(number)
@@ -243,8 +251,7 @@ def kill_points(args) -> int:
             for name in parts or ["between writes"]:
                 phases[name.split("-")[0]] = phases.get(name.split("-")[0], 0) + 1
             try:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    found = read(logdir)
+                found = read(logdir)
                 loads += 1
             except Exception as error:
                 problems.append(f"kill {count}: {error!r}")
@@ -265,14 +272,18 @@ def kill_points(args) -> int:
                 problems.append(f"kill {count}: {complaints.getvalue()}")
                 complaints.seek(0)
                 complaints.truncate()
+            if problems[reported:]:
+                print(*problems[reported:], sep="\n", flush=True)
+                reported = len(problems)
             if count % 100 == 0:
                 print(f"{count} kills, {finished} runs finished, {len(problems)} problems", flush=True)
     print(
-        f"\n| kills | loadable afterwards | resumed | runs finished | kills in the middle of a write | problems |\n|{'---|' * 6}"
+        "\n| kills | loadable afterwards | resumed | runs finished | killed in a write | problems |\n"
+        + "|---" * 6
+        + "|"
     )
     torn = sum(count for name, count in phases.items() if name != "between writes")
     print(f"| {args.count} | {loads} | {resumed} | {finished} | {torn} | {len(problems)} |")
-    print(*problems[:20], sep="\n")
     shutil.rmtree(folder)
     return bool(problems)
 

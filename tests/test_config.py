@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tools
@@ -142,6 +142,34 @@ def test_numbers_survive_the_command_line(whole, real, switch):
 @given(st.lists(st.text(st.characters(exclude_characters=",", exclude_categories=["Cs"]), min_size=1), min_size=1))
 def test_lists_survive_the_command_line(words):
     assert tools.load_config([f"--augmentation={','.join(words)}"]).augmentation == words
+
+
+PIECES = [
+    "--seed",
+    "--seed=3",
+    "--configs",
+    "tiny",
+    "--encoder",
+    "--nomlr",
+    "--encoder.cnn_depth",
+    "=",
+    "-1",
+    "1e3",
+    "--",
+]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=5))
+def test_any_command_line_is_a_config_or_one_line(argv):
+    assume(not {"-h", "--help"} & set(argv))
+    try:
+        config = tools.flatten(vars(tools.load_config(argv)))
+    except tools.UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        for key, default in DEFAULTS.items():
+            assert default is None or type(config[key]) is type(default), key
 
 
 @settings(max_examples=30)

@@ -127,6 +127,31 @@ def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(sweep, tmp_path, n
     assert [o["--seed"] for o in started(tmp_path)] == ["0", "0", "1"]
 
 
+SLURM = Path(__file__).resolve().parents[1] / "setup" / "slurm.sh"
+
+
+@pytest.mark.parametrize(
+    "number, code, expected",
+    [(0, 0, "0 dmc_a 0"), (3, 143, "0 gym_b:X/Y-v0 1 requeue 7_3"), (1, 2, "2 dmc_a 1"), (4, 0, "2"), ("", 0, "1")],
+)
+def test_slurm_array(tmp_path, number, code, expected):
+    """With stand-ins for what Slurm brings: a stopped run is requeued, a failed one is not, a finished one is over."""
+    stand_ins = {
+        "srun": f'while [ "$1" != --task ]; do shift; done; echo "$2 $4" >> {tmp_path}/log; exit {code}',
+        "scontrol": f'echo "$@" >> {tmp_path}/log',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(number)}
+    environ["SLURM_ARRAY_JOB_ID"] = "7"
+    command = [SLURM, "./runs", "dmc_a,gym_b:X/Y-v0", "2", "--configs", "tiny"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    log = (tmp_path / "log").read_text().split() if (tmp_path / "log").exists() else []
+    assert " ".join([str(done.returncode), *log]) == expected, done.stderr
+    assert done.returncode != 2 or log or done.stderr == "error: --array goes to 3 at most\n"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     {

@@ -8,7 +8,6 @@ import random
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -441,10 +440,15 @@ def test_a_folder_is_claimed_until_the_process_ends(tmp_path):
     os.close(tools.lock(tmp_path / "log"))
 
 
-def test_a_full_disk_is_one_line(tmp_path):
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_a_full_disk_is_one_line(tmp_path, size):
+    path = tmp_path / "latest.pt"
+    tools.save_checkpoint(path, {"count": 1})
+    (tmp_path / "latest.pt.part").symlink_to("/dev/full")
     with pytest.raises(tools.UserError, match="No space left on device") as caught, tools.writing(tmp_path):
-        Path("/dev/full").write_text("x")
+        tools.save_checkpoint(path, {"weights": torch.zeros(size)})
     assert "\n" not in str(caught.value)
+    assert tools.load_checkpoint(path)["count"] == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -1,7 +1,9 @@
 """The real command as a subprocess: it trains, repeats itself, survives a kill, and refuses bad input in one line."""
 
+import copy
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import envs
 import tools
 from figures import openloop
 from tests.helpers import ROOT, SMALL, make_agent, make_config
+from tests.soak import DOT
 
 SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
 SHORT += " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --actor_start 2 --train_ratio 16"
@@ -118,8 +121,11 @@ def rows_written(logdir: Path, step: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_run_resumes(number, tmp_path):
-    """A kill loses at most the work since the last checkpoint; SIGTERM loses nothing. The same command goes on."""
+def test_stopped_run_resumes(number, trained, tmp_path):
+    """A kill loses at most the work since the last checkpoint; SIGTERM loses nothing. The same command goes on.
+
+    Its rows are those of a run that was never stopped and in which all happened in one process.
+    """
     logdir = tmp_path / "log"
     argv = ["--steps", "400", "--parallel", "True"]
     process = subprocess.Popen(command(logdir, *argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -137,12 +143,176 @@ def test_stopped_run_resumes(number, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"Resumed {logdir} at step {2 * saved['count']['policy_step']}" in done.stdout
     after = read_rows(logdir)
-    assert after[:kept] == before[:kept], "rows before the checkpoint stay"
+    never_stopped = read_rows(trained)
+    assert after[: len(never_stopped)] == never_stopped and after[:kept] == before[:kept]
     steps, updates = [row["step"] for row in after], [row["update"] for row in after]
     assert steps == sorted(steps) and updates == sorted(updates), "no row is written twice"
     assert [row["step"] for row in after if "eval/return" in row] == [120, 200, 280, 360, 440]
     final = tools.load_checkpoint(logdir / "latest.pt")
     assert final["count"]["policy_step"] == 220 and final["agent"]["actor_critic._extra_state"] == updates[-1] - 2
+
+
+def start_in_process(line: str, logdir: Path) -> dreamer.Run:
+    """What the command does before it trains."""
+    config = tools.load_config([*line.split(), "--logdir", str(logdir)])
+    tools.seed_everything(config.seed)
+    return dreamer.Run(config, logdir, torch.device("cpu"))
+
+
+def assert_same(one, other, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict | list):
+        assert len(one) == len(other), path
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key], f"{path}/{key}")
+    else:
+        assert one == other, path
+
+
+def final_state(logdir: Path) -> dict:
+    """The last checkpoint without clocks, the rows of its replay, and metrics.jsonl."""
+    state = tools.load_checkpoint(logdir / "latest.pt")
+    del state["logger"]["seconds"]
+    replay = tools.Replay(capacity=1000, batch_size=1, batch_length=2, num_envs=2, seed=0)
+    replay.load(logdir / "replay", saved := state.pop("replay"))
+    state["replay"] = [
+        {key: torch.from_numpy(values[np.array(slots)]) for key, values in replay.storage.items()}
+        for slots in replay.episodes.values()
+    ]
+    return state | {"sampler": saved["rng"], "open": saved["open"], "rows": read_rows(logdir)}
+
+
+STOPS = {
+    "in prefill, in an episode": lambda run: run.count["policy_step"] == 22,
+    "right after an evaluation": lambda run: run.count["evaluated"] == run.count["policy_step"] == 60,
+    "between two updates of a step": lambda run: run.count["update"] == 1,
+    "in an episode": lambda run: run.count["policy_step"] == 90,
+    "in an evaluation": lambda run: run.count["policy_step"] == 100 and len(run.eval_envs[""]._actions[0]) == 3,
+}
+
+
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(trained, tmp_path):
+    """One run, stopped at five moments, against one that was never stopped."""
+    logdir = tmp_path / "log"
+    logdir.mkdir()
+    try:
+        tools.enable_deterministic()
+        for stop in [*STOPS.values(), lambda run: False]:
+            run = start_in_process(SHORT, logdir)
+            dreamer.train(run, lambda stop=stop, run=run: stop(run))
+            assert stop(run) or run.finished
+            run.close()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(final_state(logdir), final_state(trained))
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dots(tmp_path):
+    """A function that starts a run on an environment that costs nothing, and one started so, with two checkpoints."""
+    logdir = tmp_path / "log"
+    started = []
+
+    def start(*argv: str) -> dreamer.Run:
+        started.append(start_in_process(" ".join([DOT, *argv]), logdir))
+        return started[-1]
+
+    logdir.mkdir()
+    run = start()
+    dreamer.train(run, lambda: run.count["update"] >= 4)
+    yield start, run, logdir
+    for run in started:
+        run.close()
+
+
+def test_nan_stops_the_run_and_keeps_the_batch(dots):
+    _, run, logdir = dots
+    before = (logdir / "latest.pt").read_bytes()
+    run.config.save_every = 0
+    run.replay.storage["reward"][:] = np.nan
+    with pytest.raises(tools.UserError) as caught:
+        dreamer.train(run, lambda: False)
+    message, number = str(caught.value), run.count["update"]
+    assert (
+        f"update {number} at step {run.step} is not finite (simsr_loss, min_reward, max_reward, model_loss" in message
+    )
+    assert "\n" not in message and "--on_nan skip" in message
+    with np.load(logdir / f"nan_{number}.npz", allow_pickle=False) as batch:
+        assert np.isnan(batch["reward"]).all() and batch["image"].shape == (2, 8, 16, 16, 3)
+    assert (logdir / "latest.pt").read_bytes() == before
+
+
+def test_nan_can_be_skipped(dots, capsys):
+    start, run, logdir = dots
+    run.config.on_nan = "skip"
+    batch, before = run.replay.sample(), copy.deepcopy(run.learned())
+    dreamer.update(run, batch | {"reward": batch["reward"] * np.inf}, [])
+    assert_same(run.learned(), before)
+    assert run.count["skipped"] == 1 and "simsr_loss" in capsys.readouterr().err
+    dreamer.update(run, batch, [])
+    assert run.count["skipped"] == 1 and run.agent.actor_critic.updates > 0
+    weight = "world_model.reward_head.out.weight"
+    assert not torch.equal(run.learned()["agent"][weight], before["agent"][weight])
+    run.write()
+    assert read_rows(logdir)[-1]["skipped"] == 1 and np.isfinite(read_rows(logdir)[-1]["loss/model_loss"])
+
+
+def test_nan_in_the_very_first_update_can_be_skipped(tmp_path):
+    run = start_in_process(DOT + " --on_nan skip", tmp_path)
+    dreamer.train(run, lambda: run.count["policy_step"] == 20)
+    batch, before = run.replay.sample(), copy.deepcopy(run.learned())
+    dreamer.update(run, batch | {"reward": batch["reward"] * np.nan}, [])
+    assert_same(run.learned(), before)
+    run.close()
+
+
+def test_a_disk_that_fills_up_costs_nothing(dots):
+    """The limit on the size of a file makes the kernel refuse to write on, as a full disk does."""
+    start, run, logdir = dots
+    before = (logdir / "latest.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        with pytest.raises(tools.UserError, match="cannot write to .* make room") as caught:
+            dreamer.train(run, lambda: False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value) and not list(logdir.rglob("*.part"))
+    step = run.count["policy_step"]
+    again = start()
+    assert step - 2 <= again.count["policy_step"] <= step and again.replay.num_transitions == again.count["policy_step"]
+
+
+def test_damaged_running_episodes_end_there(dots, capsys):
+    start, run, logdir = dots
+    state = tools.load_checkpoint(logdir / "latest.pt")
+    (path,) = {logdir / "replay" / file for file, _, _ in state["replay"]["episodes"] if file.startswith("running")}
+    path.write_bytes(path.read_bytes()[:100])
+    again = start()
+    assert path.name in capsys.readouterr().err and not again.replay.open and again.live[0].all()
+    dreamer.train(again, lambda: again.count["policy_step"] >= run.count["policy_step"] + 4)
+    assert [len(slots) for slots in again.replay.episodes.values()] == [9, 9, 3, 3]
+
+
+def test_a_worker_that_dies_costs_its_episode_and_the_folder_is_locked(tmp_path, capsys):
+    logdir = tmp_path / "log"
+    argv = ["--parallel", "True", "--steps", "280", "--eval_every", "160", "--worker_timeout", "60"]
+    process = subprocess.Popen(command(logdir, *argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: rows_written(logdir, 70), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    with pytest.raises(tools.UserError, match="another process is training"):
+        tools.lock(logdir)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "the worker of environment 0 ended (exit code -9" in error
+    assert read_rows(logdir)[-1]["worker_restarts"] == 1
 
 
 def test_resumed_run_restores_everything(trained):
