@@ -205,6 +205,11 @@ def init_uniform(module: nn.Module, scale: float) -> None:
     nn.init.zeros_(module.bias)
 
 
+def join(parts: list[Tensor]) -> Tensor:
+    """Concatenate on the last axis, without a copy if there is nothing to join."""
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
 def split_linear(blocks: nn.Sequential, sizes: list[int]) -> tuple[Tensor, ...]:
     """The first weight (units, sum(sizes)) cut by inputs: W [x; y] = W_x x + W_y y saves joining x and y."""
     return blocks[0].weight.split(sizes, 1)
@@ -331,11 +336,11 @@ class Encoder(nn.Module):
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
         outputs = []
         if self.image_shapes:
-            outputs.append(self.cnn(torch.cat([obs[k] for k in self.image_shapes], -1)))
+            outputs.append(self.cnn(join([obs[k] for k in self.image_shapes])))
         if self.vector_shapes:
-            x = torch.cat([obs[k] for k in self.vector_shapes], -1)
+            x = join([obs[k] for k in self.vector_shapes])
             outputs.append(self.mlp(symlog(x) if self.symlog_inputs else x))
-        return full(torch.cat(outputs, -1))
+        return full(join(outputs))
 
 
 class ConvDecoder(nn.Module):
@@ -716,7 +721,7 @@ class RSSM(nn.Module):
         return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, weights[1], sample)
 
     def _recurrent_weights(self) -> tuple[Tensor, Tensor | None]:
-        """The parts of the first layers that see z and h. Cut once a sequence: the gradient of a cut is a full tensor."""
+        """The parts of the first layers that see z and h; to be cut once a sequence, as a cut's gradient is costly."""
         post = split_linear(self.post_hidden, self.post_sizes)
         return split_linear(self.input, self.input_sizes)[0], post[0] if self.temp_post else None
 

@@ -2,13 +2,13 @@
 
     python tests/bench_program.py CODE UPSTREAM CONFIG        CODE: ours | upstream; CONFIG: resolved options as JSON
 
-Reads the name of a part per line, runs it once and answers with a JSON line of milliseconds by name.
+Reads the name of a part per line, runs it once and answers with a JSON line of milliseconds by name. As the part "loop"
+it trains, and goes on for some steps with every line.
 """
 
 import json
 import resource
 import sys
-import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -57,27 +57,25 @@ def spaces(size) -> dict:
     return {"image": box(0, 255, (*size, 3), np.uint8), "orientations": box(-np.inf, np.inf, (14,), np.float32)}
 
 
+def answer(times: dict[str, float]) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(times | {"peak MiB": peak}), file=sys.__stdout__, flush=True)
+
+
 class Gate:
-    """Lets the training loop of a program, which runs in a thread, go one turn at a time."""
+    """Called once per vector step by a training loop, stops it every `turn` steps until it is told to go on."""
 
-    def __init__(self, loop, turn: int):
-        self.turn, self.calls = turn, 0
-        self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
-        threading.Thread(target=loop, args=(self,), daemon=True).start()
+    def __init__(self, turn: int):
+        self.turn, self.calls, self.start = turn, 0, None
 
-    def __call__(self, *_) -> bool:
-        """Called by the loop before every vector step."""
+    def __call__(self) -> None:
         if self.calls % self.turn == 0:
-            self.back.release()
-            self.go.acquire()
+            if self.start is not None:
+                answer({"loop": 1e3 * (time.perf_counter() - self.start)})
+            if not sys.stdin.readline():
+                sys.exit()
+            self.start = time.perf_counter()
         self.calls += 1
-        return False
-
-    def run(self) -> None:
-        if not self.calls:
-            self.back.acquire()
-        self.go.release()
-        self.back.acquire()
 
 
 def ours(config) -> dict:
@@ -90,10 +88,10 @@ def ours(config) -> dict:
     tools.seed_everything(0)
     times = {}
     if config.part == "loop":
-        logdir = Path(config.logdir) / "ours"
-        return {
-            "loop": (Gate(lambda gate: dreamer.train(dreamer.Run(config, logdir, device), gate), config.turn), times)
-        }
+        gate, run = Gate(config.turn), dreamer.Run(config, Path(config.logdir), device)
+        step = run.train_envs.step_async
+        run.train_envs.step_async = lambda action: (step(action), gate())
+        dreamer.train(run, lambda: False)
     act_space = gymnasium.spaces.Box(-1, 1, (ACTIONS,))
     agent = dreamer.make_agent(config, gymnasium.spaces.Dict(spaces(config.size)), act_space, device)
     sizes = {"batch_size": config.batch_size, "batch_length": config.batch_length}
@@ -126,23 +124,17 @@ def theirs(config, root: Path) -> dict:
 
     gym.Wrapper = Wrapper
     upstream = record_upstream.import_upstream(root)
-    config.compile = config.video_pred_log = False
+    config.compile = config.video_pred_log = config.parallel = False  # its defaults
+    config.size = tuple(config.size)
     times = {}
     if config.part == "loop":
-        config.logdir = str(Path(config.logdir) / "upstream")
-        config.simple_log, config.eval_episode_num = True, 0
-        simulate = upstream.tools.simulate
+        gate, simulate = Gate(config.turn), upstream.tools.simulate
 
-        def loop(gate) -> None:
-            def gated(agent, *args, **kwargs):
-                prefill = not isinstance(agent, upstream.Dreamer)
-                gate()
-                return simulate(agent if prefill else lambda *a: (gate(), agent(*a))[1], *args, **kwargs)
+        def gated(agent, *args, **kwargs):
+            return simulate(lambda *inputs: (agent(*inputs), gate())[0], *args, **kwargs)
 
-            upstream.tools.simulate = gated
-            upstream.main(config)
-
-        return {"loop": (Gate(loop, config.turn), times)}
+        upstream.tools.simulate = gated
+        upstream.main(config)
     config.num_actions = ACTIONS
     space = SimpleNamespace(spaces=spaces(config.size))
     torch.manual_seed(0)
@@ -171,16 +163,13 @@ def main() -> None:
     code, root, options = sys.argv[1:]
     config = SimpleNamespace(**json.loads(options))
     torch.set_num_threads(config.threads)
-    answers, sys.stdout = sys.stdout, sys.stderr
+    sys.stdout = sys.stderr
     parts = ours(config) if code == "ours" else theirs(config, Path(root))
     for line in sys.stdin:
         part, times = parts[line.strip()]
         times.clear()
-        start = time.perf_counter()
-        part.run() if isinstance(part, Gate) else part()
-        times.setdefault(line.strip(), 1e3 * (time.perf_counter() - start))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(times | {"peak MiB": peak}), file=answers, flush=True)
+        part()
+        answer(times)
 
 
 if __name__ == "__main__":

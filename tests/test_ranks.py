@@ -68,8 +68,9 @@ def test_torchrun_trains_and_resumes(tmp_path):
     """`torchrun` shares the environments and batches of one run; the same command goes on where it ended."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "dreamer.py"), "--configs", "tiny", "--task", "dmc_cartpole_balance", "--envs", "2"]
-    command += "--time_limit 80 --prefill 40 --pretrain 1 --actor_start 0 --eval_every 80 --eval_episode_num 1".split()
-    command += f"--batch_size 4 --imag_horizon 3 --device cpu --threads 1 --logdir {tmp_path}".split()
+    options = "--time_limit 80 --prefill 40 --pretrain 1 --actor_start 0 --eval_every 80 --eval_episode_num 1"
+    options += f" --batch_size 4 --imag_horizon 3 --device cpu --threads 1 --logdir {tmp_path}"
+    command += options.split()
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(steps: int) -> list[dict]:
