@@ -18,7 +18,10 @@ import numpy as np
 from envs.task import EnvError, get_state, set_state
 
 FLAGS = ("is_first", "is_last", "is_terminal")
-THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+THREAD_LIMITS = {
+    name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+}
+THREAD_LIMITS["LP_NUM_THREADS"] = "0"  # Mesa draws small pictures faster without threads of its own
 RESTARTS = 3  # of one worker without an episode finished in between
 START_TIMEOUT = 300.0
 WAYS_OUT = "use fewer --envs, a longer --worker_timeout, or --parallel False to see what happens"
@@ -360,7 +363,7 @@ def _worker_surroundings() -> Iterator[None]:
     main = sys.modules["__main__"]
     environ = {name: os.environ.get(name) for name in THREAD_LIMITS}
     sys.modules["__main__"] = types.ModuleType("__main__")
-    os.environ.update(dict.fromkeys(THREAD_LIMITS, "1"))
+    os.environ.update(THREAD_LIMITS)
     try:
         yield
     finally:
