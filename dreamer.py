@@ -458,6 +458,7 @@ class Run:
             load_weights(self.agent, config.init_from)
         self.note_evaluation_state()
         self.saved_at = time.monotonic()
+        self.trace = tools.start_trace(logdir / "trace.json", config.profile) if config.profile else None
 
     @property
     def step(self) -> int:
@@ -536,6 +537,8 @@ class Run:
         print(f"Resumed {self.logdir} at step {self.step} (update {self.count['update']}).", flush=True)
 
     def close(self) -> None:
+        if self.trace is not None:
+            self.trace.stop()
         self.logger.close()
         self.train_envs.close()
         for vec in self.eval_envs.values():
@@ -771,6 +774,8 @@ def train(run: Run, stopped) -> None:
         chosen_action = env_action(agent, action)
         check_updates(run, unchecked)  # after the copy of the action has waited for the device anyway
         vec.step_async(chosen_action)
+        if run.trace is not None and count["update"]:
+            run.trace.step()
         if overlap:
             # Not to be broken off: the environments are ahead of what a checkpoint would hold.
             learn(run, lambda: False, unchecked)

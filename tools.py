@@ -126,7 +126,7 @@ CHOICES = {
 # Options that a resumed run may change: they do not alter what has been learnt so far.
 MAY_CHANGE = (
     "compile|dataset_size|debug|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task"
-    "|evaldir|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|on_nan|overlap|parallel"
+    "|evaldir|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|on_nan|overlap|parallel|profile"
     "|post_mlr|robustness_every|save_every|simple_log|steps|threads|traindir|videodir|worker_timeout"
 )
 
@@ -427,6 +427,20 @@ def default_threads(workers_busy: int) -> int:
     """Cores this process may use, less those that busy worker processes take; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores - workers_busy)
+
+
+def start_trace(path: Path, steps: int) -> torch.profiler.profile:
+    """A profiler that writes `steps` steps, after two, to `path`, for perfetto.dev. Call its `step` after each."""
+
+    def write(profiler: torch.profiler.profile) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+
+    trace = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), on_trace_ready=write
+    )
+    trace.start()
+    return trace
 
 
 # --- ranks: processes that train together ---------------------------------------------------------------------------

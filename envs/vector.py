@@ -18,9 +18,9 @@ import numpy as np
 from envs.task import EnvError, get_state, set_state
 
 FLAGS = ("is_first", "is_last", "is_terminal")
-THREAD_LIMITS = {
-    name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-}
+THREAD_LIMITS = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
+)
 THREAD_LIMITS["LP_NUM_THREADS"] = "0"  # Mesa draws small pictures faster without threads of its own
 RESTARTS = 3  # of one worker without an episode finished in between
 START_TIMEOUT = 300.0

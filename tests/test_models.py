@@ -429,3 +429,41 @@ def test_open_loop_sees_the_context_alone():
 def test_probe_needs_pictures():
     with pytest.raises(tools.UserError, match="decoder.cnn_keys image"):
         make_agent("--video_pred_log", "--decoder.cnn_keys", "$^")
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+
+def test_losses_and_acting_are_one_graph():
+    """What is recorded or compiled looks at no value on the way: each of the three is traced without a break."""
+    agent = make_agent(imag_horizon=3)
+    batch = {key: value[:, :3] for key, value in make_batch().items()}
+
+    def trace(function):
+        return torch.compile(function, fullgraph=True, backend="eager", dynamic=False)
+
+    loss, branches, _ = trace(agent.world_model.loss)(batch)
+    assert torch.isfinite(loss)
+    start = branches.raw_post.map(lambda x: x.detach().flatten(0, 1))
+    with models.frozen(agent.world_model):
+        actor_loss, value_loss, _ = trace(agent.actor_critic.loss)(agent.world_model, start)
+    assert torch.isfinite(actor_loss) and torch.isfinite(value_loss)
+    agent.act = trace(agent.act)
+    action, _ = agent.policy({key: value[:, 0].numpy() for key, value in batch.items() if key != "reward"}, None)
+    assert action.shape == (2, 3)
+
+
+def test_bf16_learns_like_float32():
+    """Over 200 updates on the same batches and draws, each loss stays within 5% or 0.05 of float32, on average."""
+    found = {}
+    for precision in ("32", "16"):
+        agent = make_agent("--precision", precision, "--model_lr", "1e-3", imag_horizon=3)
+        torch.manual_seed(0)
+        batches = [{k: v[:, :4] for k, v in make_batch(seed=seed).items()} for seed in range(4)]
+        rows = [agent.update(batches[i % 4]) for i in range(200)]
+        found[precision] = {k: torch.stack([row[k] for row in rows]) for k in rows[0] if k.endswith("_loss")}
+    assert found["32"]["reward_loss"][-20:].mean() < 0.8 * found["32"]["reward_loss"][:20].mean(), "nothing was learnt"
+    for name, losses in found["32"].items():
+        gap = (found["16"][name].view(10, 20).mean(1) - losses.view(10, 20).mean(1)).abs()
+        bound = (0.05 * losses.abs().view(10, 20).mean(1)).clamp(min=0.05)
+        assert (gap <= bound).all(), (name, gap, bound)

@@ -178,8 +178,7 @@ def final_state(logdir: Path) -> dict:
     replay = tools.Replay(capacity=1000, batch_size=1, batch_length=2, num_envs=2, seed=0)
     replay.load(logdir / "replay", saved := state.pop("replay"))
     state["replay"] = [
-        {key: torch.from_numpy(values[np.array(slots)]) for key, values in replay.storage.items()}
-        for slots in replay.episodes.values()
+        {key: values[list(slots)] for key, values in replay.storage.items()} for slots in replay.episodes.values()
     ]
     return state | {"sampler": saved["rng"], "open": saved["open"], "rows": read_rows(logdir)}
 
@@ -207,6 +206,26 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(trained, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert_same(final_state(logdir), final_state(trained))
+
+
+def test_learning_beside_the_environments(tmp_path):
+    """`--overlap` and `--profile`: repeatable, also if stopped in between, and as many updates as without."""
+    states, updates = [], []
+    options = f"{DOT} --overlap True --parallel True --profile 1"
+    for folder, line, stops in (("one", options, [30]), ("two", options, []), ("plain", DOT, [])):
+        logdir = tmp_path / folder
+        logdir.mkdir()
+        for stop in [*stops, 10**9]:
+            run = start_in_process(f"{line} --save_every 0", logdir)
+            dreamer.train(run, lambda run=run, stop=stop: run.count["policy_step"] >= stop)
+            run.close()
+        states.append(final_state(logdir))
+        updates.append(run.count["update"])
+    trace = json.loads((tmp_path / "two" / "trace.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::native_layer_norm" for event in trace)
+    assert_same(states[0], states[1])
+    assert updates[0] == updates[2]
+    assert states[1]["rows"] != states[2]["rows"]
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
