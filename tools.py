@@ -605,7 +605,11 @@ class Optimizer:
     def load_state_dict(self, state: dict) -> None:
         own = self.optimizer.state_dict()["state"]
         if not own or own.keys() != state["state"].keys():
+            kept = [group.get("capturable") for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state)
+            # The checkpoint may come from another kind of device.
+            for group, capturable in zip(self.optimizer.param_groups, kept, strict=True):
+                group["capturable"] = capturable
             return
         # In place: what has been recorded on a GPU goes on with the same tensors.
         for index, values in own.items():
