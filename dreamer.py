@@ -76,7 +76,7 @@ class Agent(nn.Module):
         self.eval_state_mean, self.collect_dyn_sample = eval_state_mean, collect_dyn_sample
         self.learn, self.act = self._learn, self._act
 
-    def compile(self, mode: str) -> None:
+    def speed_up(self, mode: str) -> None:
         """`--compile`: 'inductor' compiles both losses; on CUDA all but 'off' record updates and acting as CUDA graphs.
 
         To be called once, on the final device.
@@ -427,7 +427,7 @@ class Run:
         if rank:
             tools.seed_everything(config.seed + rank)  # equal weights, other draws
         if ranks == 1:  # recorded communication between ranks is untried
-            self.agent.compile({"True": "auto", "False": "off"}.get(config.compile, config.compile))
+            self.agent.speed_up({"True": "auto", "False": "off"}.get(config.compile, config.compile))
         # A run cannot fill more than this, so a short one does not reserve the memory of a long one.
         frames = config.steps + config.eval_every + (config.prefill + 1) * config.action_repeat
         self.replay = tools.Replay(
