@@ -79,12 +79,12 @@ class Agent(nn.Module):
     def speed_up(self, mode: str) -> None:
         """`--compile`: 'inductor' compiles both losses; on CUDA all but 'off' record updates and acting as CUDA graphs.
 
-        To be called once, on the final device.
+        'True' is 'auto', 'False' is 'off'. To be called once, on the final device.
         """
         if mode == "inductor":
             self.world_model.loss = torch.compile(self.world_model.loss, fullgraph=True, dynamic=False)
             self.actor_critic.loss = torch.compile(self.actor_critic.loss, fullgraph=True, dynamic=False)
-        if mode != "off" and self.device.type == "cuda":
+        if mode not in ("off", "False") and self.device.type == "cuda":
             for optimizer in self.optimizers.values():
                 optimizer.make_capturable()
             self.learn, self.act = tools.CudaGraphs(self._learn), tools.CudaGraphs(self._act)
@@ -150,9 +150,10 @@ class Agent(nn.Module):
         `behavior` the world model learns alone.
         """
         inputs = batch if mask is None else batch | {"mask": mask}
-        behaviors = [self.actor_critic, *([self.explorer.behavior] if hasattr(self.explorer, "behavior") else [])]
-        for learner in behaviors if behavior else []:
-            learner.update_slow_critic()
+        if behavior:
+            self.actor_critic.update_slow_critic()
+            if isinstance(self.explorer, exploration.Plan2Explore):
+                self.explorer.behavior.update_slow_critic()
         return self.learn(inputs, behavior=behavior)
 
     def _learn(self, inputs: dict[str, Tensor], behavior: bool) -> dict[str, Tensor]:
@@ -427,7 +428,7 @@ class Run:
         if rank:
             tools.seed_everything(config.seed + rank)  # equal weights, other draws
         if ranks == 1:  # recorded communication between ranks is untried
-            self.agent.speed_up({"True": "auto", "False": "off"}.get(config.compile, config.compile))
+            self.agent.speed_up(config.compile)
         # A run cannot fill more than this, so a short one does not reserve the memory of a long one.
         frames = config.steps + config.eval_every + (config.prefill + 1) * config.action_repeat
         self.replay = tools.Replay(

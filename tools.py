@@ -431,13 +431,9 @@ def default_threads(workers_busy: int) -> int:
 
 def start_trace(path: Path, steps: int) -> torch.profiler.profile:
     """A profiler that writes `steps` steps, after two, to `path`, for perfetto.dev. Call its `step` after each."""
-
-    def write(profiler: torch.profiler.profile) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-
     trace = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), on_trace_ready=write
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     )
     trace.start()
     return trace

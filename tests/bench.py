@@ -160,6 +160,8 @@ def show(title: str, found: dict[str, dict[str, float]], keys: list[str]) -> Non
     columns = [*found, *(f"x {name}" for name in found if reference and name != "upstream")]
     print(f"{title:18}" + "".join(f"{column:>16}" for column in columns))
     for key in keys:
+        if not all(key in times for times in found.values()):
+            continue
         row = [f"{times[key]:16.1f}" for times in found.values()]
         if reference:
             row += [f"{reference[key] / times[key]:16.2f}" for name, times in found.items() if name != "upstream"]

@@ -95,14 +95,16 @@ def ours(config) -> dict:
     act_space = gymnasium.spaces.Box(-1, 1, (ACTIONS,))
     agent = dreamer.make_agent(config, gymnasium.spaces.Dict(spaces(config.size)), act_space, device)
     sizes = {"batch_size": config.batch_size, "batch_length": config.batch_length}
-    replay = tools.Replay(capacity=8 * EPISODE, num_envs=1, seed=0, extra_rows=EPISODE, **sizes)
+    replay = tools.Replay(capacity=8 * EPISODE, num_envs=1, seed=0, extra_rows=EPISODE, device=device, **sizes)
     rng = np.random.default_rng(0)
     for _ in range(8):
         rows = episode(config.size, rng)
         for t in range(EPISODE):
             replay.add({key: value[t : t + 1] for key, value in rows.items()})
-    agent.world_model.update = timed(times, "world model", agent.world_model.update)
-    agent.actor_critic.update = timed(times, "actor-critic", agent.actor_critic.update)
+    agent.speed_up(config.compile)
+    if agent.learn == agent._learn:  # parts of a CUDA graph cannot be timed
+        agent.world_model.update = timed(times, "world model", agent.world_model.update)
+        agent.actor_critic.update = timed(times, "actor-critic", agent.actor_critic.update)
     obs = {key: value[: config.envs] for key, value in rows.items() if key not in ("action", "reward")}
     batch, carry = replay.sample(), [None]
 
