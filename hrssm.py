@@ -244,8 +244,9 @@ class HybridRSSM(nn.Module):
             mask = self.cube_mask.draw(obs[image].shape[1], obs[image].device)
         hidden = dict(obs)
         for key in self.encoder.image_shapes:
-            # (B, T, H, W, C), (T, H, W, 1)
-            hidden[key] = augment(obs[key].masked_fill(mask.unsqueeze(-1), 0.0), self.augmentation, self.aug_prob)
+            # (B, T, H, W, C) * (T, H, W, C): along the batch alone a product broadcasts fast
+            visible = (~mask).to(obs[key].dtype).unsqueeze(-1).expand(obs[key].shape[1:]).contiguous()
+            hidden[key] = augment(obs[key] * visible, self.augmentation, self.aug_prob)
         return hidden
 
     @torch.no_grad()

@@ -104,7 +104,7 @@ class WorldModel(nn.Module):
             if key.startswith("is_"):
                 data[key] = value.bool()
             elif value.dtype == torch.uint8:
-                data[key] = value.to(dtype) / 255.0 - 0.5
+                data[key] = value.to(dtype).div_(255.0).sub_(0.5)
             else:
                 data[key] = value.to(dtype)
         return data
@@ -127,7 +127,7 @@ class WorldModel(nn.Module):
             projected, raw_projected = self.rssm.project(feat), self.hybrid.raw_rssm.project(raw_feat)
 
         # (B, T): the KL of the mask branch, below `kl_free` nats without gradient
-        post, prior = branches.post, branches.prior
+        post, prior = self.rssm.dist(branches.post.logit), self.rssm.dist(branches.prior.logit)
         rep, dyn = self.rssm.kl(post, prior.detach()), self.rssm.kl(post.detach(), prior)
         rep_loss, dyn_loss = rep.clamp(min=self.kl_free).mean(), dyn.clamp(min=self.kl_free).mean()
 
@@ -140,7 +140,7 @@ class WorldModel(nn.Module):
         if not self.nosimsr:
             scaled = data["reward"] * self.simsr_reward_scale
             losses["simsr"] = hrssm.bisimulation_loss(
-                feat, raw_feat, prior.feat, branches.raw_prior.feat, scaled, self.simsr_discount
+                feat, raw_feat, branches.prior.feat, branches.raw_prior.feat, scaled, self.simsr_discount
             )
         losses = {name: loss * self.scales[name] for name, loss in losses.items()}
         total = sum(losses.values()) + self.dyn_scale * dyn_loss + self.rep_scale * rep_loss
@@ -149,9 +149,8 @@ class WorldModel(nn.Module):
         metrics |= {"kl_free": self.kl_free, "dyn_scale": self.dyn_scale, "rep_scale": self.rep_scale}
         metrics |= {"dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach(), "kl": rep.detach().mean()}
         metrics |= {"min_reward": data["reward"].min(), "max_reward": data["reward"].max()}
-        with torch.no_grad():
-            metrics["prior_ent"] = self.rssm.entropy(prior).mean()
-            metrics["post_ent"] = self.rssm.entropy(post).mean()
+        metrics["prior_ent"] = self.rssm.entropy(prior.detach()).mean()
+        metrics["post_ent"] = self.rssm.entropy(post.detach()).mean()
         return total, branches, metrics
 
     def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[hrssm.Branches, dict[str, Tensor]]:
@@ -242,18 +241,16 @@ class ActorCritic(nn.Module):
         self.actor_optimizer = tools.Optimizer("actor", actor.parameters(), **actor_optimizer)
         self.value_optimizer = tools.Optimizer("value", critic.parameters(), **value_optimizer)
 
-    def imagine(self, rssm: RSSM, start: State) -> tuple[State, Tensor, Normal | OneHot]:
-        """Roll the policy out from `start` (N,*): states (H,N,*), actions (H,N,A) and the policy's distributions."""
-        state, states, actions, outputs = start, [], [], []
+    def imagine(self, rssm: RSSM, start: State) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
+        """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N)."""
+        states, feats, actions, outputs = [start], [], [], []
         for k in range(self.imag_horizon):
-            feat = state.feat.detach() if self.behavior_stop_grad else state.feat
-            outputs.append(self.actor.outputs(feat))
-            action = bound_action(self.actor.policy(outputs[-1]).sample())
-            states.append(state)
-            actions.append(action)
+            feats.append(states[k].feat)
+            outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
+            actions.append(bound_action(self.actor.policy(outputs[k]).sample()))
             if k < self.imag_horizon - 1:
-                state = rssm.img_step(state, action, self.imag_sample)
-        return stack_states(states, 0), torch.stack(actions), self.actor.policy(torch.stack(outputs))
+                states.append(rssm.img_step(states[k], actions[k], self.imag_sample))
+        return states, torch.stack(feats), torch.stack(actions), self.actor.policy(torch.stack(outputs))
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -263,16 +260,18 @@ class ActorCritic(nn.Module):
         `reward_fn(feat, action)` -> (H,N) replaces the reward head.
         """
         with autocast(start.deter, self.bf16):
-            states, action, policy = self.imagine(world_model.rssm, start)
+            # (H, N, F), (H, N, A)
+            states, feat, action, policy = self.imagine(world_model.rssm, start)
             entropy = policy.entropy()
-            # (H, N, F)
-            feat = states.feat
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
             discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
             # Serves both losses; each takes its gradient of its own parameters only.
             critic_out = self.critic.outputs(feat)
         value = self.critic.distribution(critic_out).mode.squeeze(-1)
-        state_entropy = world_model.rssm.entropy(states) if self.actor_state_entropy > 0 else None
+        state_entropy = None
+        if self.actor_state_entropy > 0:
+            logit = torch.stack([state.logit for state in states])
+            state_entropy = world_model.rssm.entropy(world_model.rssm.dist(logit))
         if self.future_entropy:
             reward = reward + self.actor_entropy * entropy
             if state_entropy is not None:

@@ -9,6 +9,8 @@ across implementations. Sizes follow DreamerV3 (Hafner et al., 2023), on which H
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -57,6 +59,13 @@ def full(x: Tensor) -> Tensor:
     return x.to(torch.get_default_dtype())
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Over the last axis. On a CPU rows of a few classes take five times as long as columns do."""
+    if logits.is_cuda or logits.shape[-1] >= 8:
+        return torch.softmax(logits, -1)
+    return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1)
+
+
 # --- distributions --------------------------------------------------------------------------------------------------
 
 
@@ -68,14 +77,23 @@ class OneHot:
     """
 
     def __init__(self, logits: Tensor, unimix: float = 0.0):
-        self.logits, self.unimix = logits, unimix
-        self.probs = torch.softmax(logits, -1)
+        self.logits, self.unimix, self._log_probs = logits, unimix, None
+        self.probs = softmax(logits)
         if unimix:
             self.probs = self.probs * (1.0 - unimix) + unimix / logits.shape[-1]
 
     @property
     def log_probs(self) -> Tensor:
-        return torch.log(self.probs) if self.unimix else torch.log_softmax(self.logits, -1)
+        if self._log_probs is None:
+            self._log_probs = torch.log(self.probs) if self.unimix else torch.log_softmax(self.logits, -1)
+        return self._log_probs
+
+    def detach(self) -> "OneHot":
+        """The same distribution, of which nothing is computed again."""
+        other = OneHot.__new__(OneHot)
+        other.logits, other.unimix = self.logits.detach(), self.unimix
+        other.probs, other._log_probs = self.probs.detach(), self.log_probs.detach()
+        return other
 
     def sample(self) -> Tensor:
         return draw_onehot(self.probs.detach()) + (self.probs - self.probs.detach())
@@ -115,6 +133,9 @@ class Normal:
     def entropy(self) -> Tensor:
         return (0.5 + 0.5 * math.log(2 * math.pi) + self.std.log()).sum(-1)
 
+    def detach(self) -> "Normal":
+        return Normal(self.mean.detach(), self.std.detach())
+
     def kl(self, other: "Normal") -> Tensor:
         ratio = (self.std / other.std) ** 2
         return 0.5 * (ratio + ((self.mean - other.mean) / other.std) ** 2 - 1 - ratio.log()).sum(-1)
@@ -135,12 +156,18 @@ class TwoHot:
     """Scalar regression by classification on 255 symlog-spaced buckets, `logits` (..., 255) (DreamerV3)."""
 
     def __init__(self, logits: Tensor, buckets: Tensor):
-        self.logits, self.buckets = logits, buckets
+        self.logits, self.buckets, self._log_probs = logits, buckets, None
 
     @property
     def mode(self) -> Tensor:
         """The mean, symexp(sum_k p_k b_k), shape (..., 1)."""
         return symexp((torch.softmax(self.logits, -1) * self.buckets).sum(-1, keepdim=True))
+
+    @property
+    def log_probs(self) -> Tensor:
+        if self._log_probs is None:
+            self._log_probs = torch.log_softmax(self.logits, -1)
+        return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Two-hot log-likelihood of scalars `x` (...), shape (...)."""
@@ -151,9 +178,8 @@ class TwoHot:
         gap_low, gap_high = (x - self.buckets[low]).abs(), (self.buckets[high] - x).abs()
         # Out of range both indices are the end bucket; it then takes all the mass.
         weight_low = torch.where(low == high, 1.0, gap_high / (gap_low + gap_high))
-        log_probs = torch.log_softmax(self.logits, -1)
-        log_low = log_probs.gather(-1, low.unsqueeze(-1)).squeeze(-1)
-        log_high = log_probs.gather(-1, high.unsqueeze(-1)).squeeze(-1)
+        log_low = self.log_probs.gather(-1, low.unsqueeze(-1)).squeeze(-1)
+        log_high = self.log_probs.gather(-1, high.unsqueeze(-1)).squeeze(-1)
         return weight_low * log_low + (1.0 - weight_low) * log_high
 
 
@@ -275,8 +301,11 @@ class ConvEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         # (..., H, W, C) -> (N, C, H, W)
         x = image.reshape(-1, *image.shape[-3:]).permute(0, 3, 1, 2)
-        # (N, C', H', W') -> (..., C'*H'*W')
-        return self.layers(x).reshape(*image.shape[:-3], self.outdim)
+        *layers, activation = self.layers
+        for layer in layers:
+            x = layer(x)
+        # (N, C', H', W') -> (..., C'*H'*W'); activated only then, as pixels and channels change places in memory
+        return activation(x.reshape(*image.shape[:-3], self.outdim))
 
 
 def select_keys(shapes: dict[str, tuple], cnn_keys: str, mlp_keys: str) -> tuple[dict, dict]:
@@ -525,6 +554,63 @@ class ActorHead(MLP):
         return Normal(torch.tanh(mean), std)
 
 
+# --- products of a recurrence ---------------------------------------------------------------------------------------
+
+
+def linear_once(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+class RepeatedLinear:
+    """x -> W x + b, (B, inputs) -> (B, outputs), for use at every step of a sequence; as `F.linear`, but faster.
+
+    Step by step, the gradient of W would be T thin products and T sums of W's size; here it is one product over all
+    steps, taken once the last of them has come back. W is also turned once, as a thin product reads it faster then.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.bias, self.seen = bias, []
+        self.dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            self.dtype = torch.get_autocast_dtype(weight.device.type)
+        self.weight = weight.detach().to(self.dtype)
+        self.turned = self.weight.t().contiguous()
+        # Every step depends on it, so its backward pass comes after theirs.
+        self.last = _WeightGradient.apply(weight, self.seen)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = _Step.apply(x.to(self.dtype), self.last, self)
+        return y if self.bias is None else y + self.bias.to(self.dtype)
+
+
+class _WeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, seen: list) -> Tensor:
+        ctx.seen = seen
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        inputs, gradients = zip(*ctx.seen, strict=True)
+        ctx.seen.clear()
+        # (outputs, T*B) x (T*B, inputs)
+        return torch.cat(gradients).t() @ torch.cat(inputs), None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, last: Tensor, layer: RepeatedLinear) -> Tensor:
+        ctx.save_for_backward(x, last)
+        ctx.layer = layer
+        return x @ layer.turned
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, last = ctx.saved_tensors
+        ctx.layer.seen.append((x.detach(), gradient))
+        return gradient @ ctx.layer.weight, torch.zeros_like(last), None
+
+
 # --- latent dynamics ------------------------------------------------------------------------------------------------
 
 
@@ -578,11 +664,22 @@ class GRUCell(nn.Module):
         self.norm = nn.LayerNorm(3 * size, eps=NORM_EPS) if norm else nn.Identity()
         init_truncated(self.linear)
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        reset, candidate, update = full(self.norm(self.linear(torch.cat([x, h], -1)))).chunk(3, -1)
+    def forward(self, x: Tensor, h: Tensor, linear: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`linear` stands in for the joint projection."""
+        gates = (linear or self.linear)(torch.cat([x, h], -1))
+        reset, candidate, update = full(self.norm(gates)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1.0)
         return torch.lerp(h, candidate, update)
+
+
+class Products(NamedTuple):
+    """The products with weights that an `RSSM` takes in a step: of z, of the GRU, of h (if any) and of the posterior."""
+
+    stoch: Callable[[Tensor], Tensor]
+    gru: Callable[[Tensor], Tensor]
+    deter: Callable[[Tensor], Tensor] | None
+    post: Callable[[Tensor], Tensor]
 
 
 class RSSM(nn.Module):
@@ -651,15 +748,13 @@ class RSSM(nn.Module):
         mean, std = logit.unbind(-2)
         return Normal(mean, std)
 
-    def entropy(self, state: State) -> Tensor:
-        """Entropy in nats, summed over the latent groups, shape (...)."""
-        entropy = self.dist(state.logit).entropy()
-        return entropy.sum(-1) if self.classes else entropy
+    def entropy(self, dist: OneHot | Normal) -> Tensor:
+        """Entropy of a `dist` in nats, summed over the latent groups, shape (...)."""
+        return dist.entropy().sum(-1) if self.classes else dist.entropy()
 
-    def kl(self, left: State, right: State) -> Tensor:
-        """KL(left || right) in nats, summed over the latent groups, shape (...)."""
-        kl = self.dist(left.logit).kl(self.dist(right.logit))
-        return kl.sum(-1) if self.classes else kl
+    def kl(self, left: OneHot | Normal, right: OneHot | Normal) -> Tensor:
+        """KL(left || right) of two `dist` in nats, summed over the latent groups, shape (...)."""
+        return left.kl(right).sum(-1) if self.classes else left.kl(right)
 
     def initial(self, lead: tuple[int, ...]) -> State:
         """The state before the first observation, of leading axes `lead`; gradients reach the learned part."""
@@ -678,25 +773,27 @@ class RSSM(nn.Module):
 
     def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
         """q(z | h, e) for any leading axes."""
-        return self._posterior(deter, self._embed_part(embed), self._recurrent_weights()[1], sample)
+        return self._posterior(deter, self._embed_part(embed), self._products(), sample)
 
     def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
         """One step of imagination: the prior after `action` (..., A). `embed` serves `shared` posteriors only."""
-        return self.prior(self._recur(state, self._action_part(action, embed), self._recurrent_weights()[0]), sample)
+        return self.prior(self._recur(state, self._action_part(action, embed), self._products()), sample)
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
         """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
         inputs = self._filter_inputs(embed, action, is_first)
-        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), self._recurrent_weights(), sample)
+        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), self._products(), sample)
 
     def observe(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
-        initial, weights = self.initial(is_first.shape[:1]), self._recurrent_weights()
+        # Tracing (`fullgraph`) cannot follow gradients that are collected on the side.
+        products = self._products(linear_once if torch.compiler.is_compiling() else RepeatedLinear)
+        initial = self.initial(is_first.shape[:1])
         # What does not depend on the recurrence is computed for all steps at once.
         steps = zip(*(x.unbind(1) for x in (*self._filter_inputs(embed, action, is_first), is_first)), strict=True)
         state, posts = initial, []
         for action_part, embed_part, first in steps:
-            state = self._filter(state, action_part, embed_part, first, initial, weights)
+            state = self._filter(state, action_part, embed_part, first, initial, products)
             posts.append(state)
         post = stack_states(posts, 1)
         if self.shared:
@@ -714,16 +811,23 @@ class RSSM(nn.Module):
         embed_part: Tensor,
         is_first: Tensor,
         initial: State,
-        weights: tuple[Tensor, Tensor | None],
+        products: Products,
         sample: bool = True,
     ) -> State:
-        deter = self._recur(where_state(is_first, initial, state), action_part, weights[0])
-        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, weights[1], sample)
+        deter = self._recur(where_state(is_first, initial, state), action_part, products)
+        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, products, sample)
 
-    def _recurrent_weights(self) -> tuple[Tensor, Tensor | None]:
-        """The parts of the first layers that see z and h; to be cut once a sequence, as a cut's gradient is costly."""
-        post = split_linear(self.post_hidden, self.post_sizes)
-        return split_linear(self.input, self.input_sizes)[0], post[0] if self.temp_post else None
+    def _products(self, linear: Callable[..., Callable[[Tensor], Tensor]] = linear_once) -> Products:
+        """The products that a step takes, made by `linear(weight, bias)`."""
+        stoch = split_linear(self.input, self.input_sizes)[0]
+        deter = split_linear(self.post_hidden, self.post_sizes)[0] if self.temp_post else None
+        head = self.post_head
+        return Products(
+            stoch=linear(stoch),
+            gru=linear(self.cell.linear.weight),
+            deter=None if deter is None else linear(deter),
+            post=linear(head.weight, head.bias),
+        )
 
     def _action_part(self, action: Tensor, embed: Tensor | None) -> Tensor:
         """Share of the action (and, if `shared`, of the embedding; zeros by default) in the input layer, (..., H)."""
@@ -735,20 +839,20 @@ class RSSM(nn.Module):
         """Share of the embedding in the posterior's first layer, (..., H)."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
-    def _recur(self, state: State, action_part: Tensor, weight: Tensor) -> Tensor:
+    def _recur(self, state: State, action_part: Tensor, products: Products) -> Tensor:
         """h' = GRU(z, h, a), shape (..., D)."""
-        x = F.linear(state.stoch.reshape(*state.deter.shape[:-1], -1), weight) + action_part
+        x = products.stoch(state.stoch.reshape(*state.deter.shape[:-1], -1)) + action_part
         for layer in list(self.input)[1:]:
             x = layer(x)
         for _ in range(self.rec_depth):
-            x = self.cell(x, state.deter)
+            x = self.cell(x, state.deter, products.gru)
         return x
 
-    def _posterior(self, deter: Tensor, embed_part: Tensor, weight: Tensor | None, sample: bool) -> State:
-        x = embed_part if weight is None else embed_part + F.linear(deter, weight)
+    def _posterior(self, deter: Tensor, embed_part: Tensor, products: Products, sample: bool) -> State:
+        x = embed_part if products.deter is None else embed_part + products.deter(deter)
         for layer in list(self.post_hidden)[1:]:
             x = layer(x)
-        return self._latent(deter, self.post_head(x), sample)
+        return self._latent(deter, products.post(x), sample)
 
     def shift(self, state: State, is_first: Tensor) -> State:
         """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""
