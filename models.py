@@ -184,9 +184,12 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: floa
 
     All inputs are (H, N) along one imagined trajectory; the result is (H - 1, N).
     """
+    # (H - 1, N): what does not depend on the recursion is computed for all steps at once.
+    known = (reward[1:] + (1.0 - lambda_) * discount[1:] * value[1:]).unbind()
+    decay = (lambda_ * discount[1:]).unbind()
     last, returns = value[-1], []
-    for k in reversed(range(len(value) - 1)):
-        last = reward[k + 1] + discount[k + 1] * ((1.0 - lambda_) * value[k + 1] + lambda_ * last)
+    for k in reversed(range(len(known))):
+        last = torch.addcmul(known[k], decay[k], last)
         returns.append(last)
     return torch.stack(returns[::-1])
 

@@ -63,7 +63,7 @@ def softmax(logits: Tensor) -> Tensor:
     """Over the last axis. On a CPU rows of a few classes take five times as long as columns do."""
     if logits.is_cuda or logits.shape[-1] >= 8:
         return torch.softmax(logits, -1)
-    return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1)
+    return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1).contiguous()
 
 
 # --- distributions --------------------------------------------------------------------------------------------------

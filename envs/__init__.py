@@ -118,6 +118,7 @@ def make_vector(
     parallel: bool,
     shared_seed: bool = False,
     timeout: float = 300.0,
+    niceness: int = 0,
     first: int = 0,
     **options,
 ) -> Vector:
@@ -128,14 +129,14 @@ def make_vector(
         parallel: one worker process per environment; otherwise all live here and step one after the other.
         shared_seed: seed every simulator with `seed`, as the original research code did (equal initial states).
         timeout: seconds after which a worker that does not answer is replaced, 0 = never.
+        niceness: of the workers.
         first: how many random streams come before theirs, those of other ranks.
         options: as in `prepare`, except `seed` and `task_seed`.
     """
     seeds = np.random.SeedSequence([seed, STREAMS.index(stream)]).spawn(first + n)[first:]
     task_seed = seed if shared_seed else None
-    return Vector(
-        [prepare(task, seed=s, task_seed=task_seed, **options) for s in seeds], parallel=parallel, timeout=timeout
-    )
+    constructors = [prepare(task, seed=s, task_seed=task_seed, **options) for s in seeds]
+    return Vector(constructors, parallel=parallel, timeout=timeout, niceness=niceness)
 
 
 def _suite(name: str):

@@ -50,22 +50,30 @@ class Vector:
         restarts: workers that were replaced.
     """
 
-    def __init__(self, constructors: Sequence[Callable[[], gymnasium.Env]], *, parallel: bool, timeout: float = 300.0):
+    def __init__(
+        self,
+        constructors: Sequence[Callable[[], gymnasium.Env]],
+        *,
+        parallel: bool,
+        timeout: float = 300.0,
+        niceness: int = 0,
+    ):
         """Build every environment; with `parallel`, each constructor is pickled and called in its own process.
 
         `timeout`: seconds that a worker may take for an answer (at its start at least START_TIMEOUT), 0 = for ever.
+        `niceness`: how far workers stand back when processes want more cores than there are (see `nice`).
 
         Raises:
             EnvError: as raised by a constructor, wherever it ran. Nothing is left running.
         """
         self.num_envs, self.restarts = len(constructors), 0
-        self._constructors, self._timeout = constructors, timeout or None
+        self._constructors, self._timeout, self._niceness = constructors, timeout or None, niceness
         self._start_timeout = timeout and max(timeout, START_TIMEOUT) or None
         self._slots: list[_Local | _Process] = []
         with self._closed_on_error():
             with _worker_surroundings() if parallel else contextlib.nullcontext():
                 for constructor in constructors:
-                    self._slots.append(_Process(constructor) if parallel else _Local(constructor))
+                    self._slots.append(_Process(constructor, niceness) if parallel else _Local(constructor))
             try:
                 properties = [slot.receive(self._start_timeout) for slot in self._slots]
             except _WorkerLost as error:
@@ -228,7 +236,7 @@ class Vector:
             self.restarts += 1
             self._slots[i].close(kill=True)
             with _worker_surroundings():
-                self._slots[i] = _Process(self._constructors[i])
+                self._slots[i] = _Process(self._constructors[i], self._niceness)
             # Its own seed would lead to the episodes of the start again.
             self._new_seeds[i] = int(np.random.SeedSequence().generate_state(1)[0])
             try:
@@ -292,10 +300,10 @@ class _Local:
 class _Process:
     """An environment in a worker process. Must be made inside `_worker_surroundings`."""
 
-    def __init__(self, constructor: Callable[[], gymnasium.Env]):
+    def __init__(self, constructor: Callable[[], gymnasium.Env], niceness: int):
         context = multiprocessing.get_context("spawn")  # forking a process that holds CUDA or GL state is not safe
         self._pipe, remote = context.Pipe()
-        self._process = context.Process(target=_serve, args=(remote, constructor), daemon=True)
+        self._process = context.Process(target=_serve, args=(remote, constructor, niceness), daemon=True)
         self._process.start()
         remote.close()
 
@@ -326,7 +334,7 @@ class _Process:
             self._process.join()
 
 
-def _serve(pipe, constructor: Callable[[], gymnasium.Env]) -> None:
+def _serve(pipe, constructor: Callable[[], gymnasium.Env], niceness: int) -> None:
     """Body of a worker: build one environment, then answer (method, arguments) until the pipe closes.
 
     The pipe also closes when the parent dies, however it dies, so no worker outlives it; where the kernel can, it kills
@@ -336,6 +344,7 @@ def _serve(pipe, constructor: Callable[[], gymnasium.Env]) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
+    os.nice(niceness)
     env = None
     try:
         env = constructor()
