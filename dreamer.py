@@ -886,6 +886,8 @@ def run(argv: list[str]) -> int:
     tools.keep_memory()
     busy = config.envs if config.overlap and config.parallel else 0
     torch.set_num_threads(config.threads or tools.default_threads(busy))
+    if config.precision == 16 and device.type == "cpu" and not tools.has_bfloat16():
+        tools.warn("--precision 16 is slower than 32 on this CPU: it has no bfloat16 instructions")
     tools.seed_everything(config.seed)
     if config.deterministic_run:
         tools.enable_deterministic()

@@ -600,15 +600,15 @@ class _WeightGradient(torch.autograd.Function):
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, last: Tensor, layer: RepeatedLinear) -> Tensor:
-        ctx.save_for_backward(x, last)
+        ctx.save_for_backward(x)
         ctx.layer = layer
         return x @ layer.turned
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, last = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         ctx.layer.seen.append((x.detach(), gradient))
-        return gradient @ ctx.layer.weight, torch.zeros_like(last), None
+        return gradient @ ctx.layer.weight, None, None
 
 
 # --- latent dynamics ------------------------------------------------------------------------------------------------
@@ -674,7 +674,7 @@ class GRUCell(nn.Module):
 
 
 class Products(NamedTuple):
-    """The products with weights that an `RSSM` takes in a step: of z, of the GRU, of h (if any) and of the posterior."""
+    """Products with weights that an `RSSM` takes in a step: of z, of the GRU, of h (if any) and of the posterior."""
 
     stoch: Callable[[Tensor], Tensor]
     gru: Callable[[Tensor], Tensor]

@@ -423,6 +423,11 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 numbers itself."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
 def default_threads(workers_busy: int) -> int:
     """Cores this process may use, less those that busy worker processes take; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

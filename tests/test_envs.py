@@ -614,7 +614,8 @@ def test_an_environment_that_cannot_be_brought_back_says_so(capfd):
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_hangs_is_replaced(fault, capfd):
-    vec = Vector([functools.partial(ControlSuite, "pendulum", "swingup", size=(8, 8))] * 2, parallel=True, timeout=5)
+    suite = functools.partial(ControlSuite, "pendulum", "swingup", size=(8, 8))
+    vec = Vector([suite] * 2, parallel=True, timeout=5, niceness=3)
     try:
         first = vec.reset(np.ones(2, bool))
         os.kill(vec._slots[1]._process.pid, fault)
@@ -633,6 +634,8 @@ def test_a_worker_that_dies_or_hangs_is_replaced(fault, capfd):
         os.kill(vec._slots[0]._process.pid, signal.SIGKILL)
         assert vec.reset(np.ones(2, bool))["is_first"].all() and vec.restarts == 2
         assert not vec.step(np.zeros((2, 1), np.float32))[3]["lost"].any()
+        nice = [os.getpriority(os.PRIO_PROCESS, slot._process.pid) for slot in vec._slots]
+        assert nice == [os.getpriority(os.PRIO_PROCESS, 0) + 3] * 2
     finally:
         vec.close()
     assert not [p for p in _children(os.getpid()) if "spawn_main" in p]

@@ -100,6 +100,39 @@ def test_distributions_agree_with_torch():
     )
 
 
+@pytest.mark.parametrize("classes", [2, 7, 8, 32])
+def test_softmax_of_short_rows(classes):
+    x = torch.randn(5, 3, classes, requires_grad=True)
+    ours, theirs = networks.softmax(x), torch.softmax(x, -1)
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, theirs)
+    slope = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, slope)[0] for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "bias", "bf16"), [(1, True, False), (7, True, False), (7, False, False), (7, True, True)]
+)
+def test_repeated_linear_is_a_linear_layer(steps, bias, bf16):
+    """Values and all gradients of a recurrence, also of a second backward pass, are those of `F.linear` in float32."""
+    weight = (0.4 * torch.randn(6, 4)).requires_grad_()
+    offset = torch.randn(6, requires_grad=True) if bias else None
+    start = torch.randn(3, 4, requires_grad=True)
+    leaves, results = [x for x in (weight, offset, start) if x is not None], []
+    for make, low in ((networks.RepeatedLinear, bf16), (networks.linear_once, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            linear, x, total = make(weight, offset), start, 0.0
+            for _ in range(steps):
+                y = linear(x)
+                x, total = torch.tanh(y[:, :4]), total + y.float().square().mean()
+        assert y.dtype == (torch.bfloat16 if low else torch.float32)
+        first, second = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
+        results.append([total, *first, *second])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= (0.05 if bf16 else 1e-5) * theirs.norm()
+
+
 def test_bound_action_clips_and_keeps_a_scaled_gradient():
     action = torch.tensor([-3.0, -0.5, 0.0, 1.0, 2.0], requires_grad=True)
     bounded = networks.bound_action(action)
