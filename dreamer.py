@@ -764,9 +764,9 @@ def train(run: Run, stopped) -> None:
         if count["policy_step"] < run.prefill:
             action, overlap = random.actor(torch.zeros(vec.num_envs, 1)).sample(), False
         else:
+            # The first updates may be many; they stay where they can be broken off, and some are left if they were.
+            overlap = config.overlap and count["update"] > 0 and not count["owed"]
             count["owed"] = count["owed"] or run.updates_owed()
-            # The first updates may be many; they stay where they can be broken off.
-            overlap = config.overlap and count["update"] > 0
             if not overlap and not learn(run, at_once, unchecked):
                 break
             if run.should_log(count["policy_step"]):

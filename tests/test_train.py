@@ -211,8 +211,8 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(trained, tmp_path):
 def test_learning_beside_the_environments(tmp_path):
     """`--overlap` and `--profile`: repeatable, also if stopped in between, and as many updates as without."""
     states, updates = [], []
-    options = f"{DOT} --overlap True --parallel True --profile 1"
-    for folder, line, stops in (("one", options, [30]), ("two", options, []), ("plain", DOT, [])):
+    options, plain = f"{DOT} --parallel True --profile 1", f"{DOT} --overlap False"
+    for folder, line, stops in (("one", options, [30]), ("two", options, []), ("plain", plain, [])):
         logdir = tmp_path / folder
         logdir.mkdir()
         for stop in [*stops, 10**9]:
