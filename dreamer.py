@@ -587,7 +587,7 @@ def make_envs(config, stream: str, start: int = 0, task: str = "", n: int = 0, f
         shared_seed=config.shared_env_seed,
         parallel=config.parallel,
         timeout=config.worker_timeout,
-        niceness=10 if config.overlap else 0,  # what takes longer, learning, goes first
+        niceness=19 if config.overlap else 0,  # what takes longer, learning, goes first
         **env_options(config),
     )
 

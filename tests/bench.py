@@ -193,7 +193,7 @@ def bench_update(args) -> None:
 def bench_loop(args) -> None:
     # The same settings for both. Learning begins after two episodes; nothing is evaluated.
     options = ["--configs", args.preset, "--task", "dmc_walker_stand", *args.options]
-    config, turn = tools.load_config(options), 5
+    config, turn = tools.load_config(options), 20
     settings = device_settings(options) | {
         "part": "loop",
         "turn": turn,
@@ -203,7 +203,7 @@ def bench_loop(args) -> None:
     }
     settings |= {"prefill": config.envs * 20, "eval_episode_num": 0, "eval_every": config.steps, "simple_log": True}
     with tempfile.TemporaryDirectory() as folder:
-        programs = {"ours": ("ours", {}), "overlap": ("ours", {"overlap": True})}
+        programs = {"in turn": ("ours", {"overlap": False}), "overlap": ("ours", {"overlap": True})}
         if args.upstream:
             programs["upstream"] = ("upstream", {})
         programs = {
