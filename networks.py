@@ -565,7 +565,8 @@ class RepeatedLinear:
     """x -> W x + b, (B, inputs) -> (B, outputs), for use at every step of a sequence; as `F.linear`, but faster.
 
     Step by step, the gradient of W would be T thin products and T sums of W's size; here it is one product over all
-    steps, taken once the last of them has come back. W is also turned once, as a thin product reads it faster then.
+    steps, taken once the backward pass has been through them all. W is also transposed once, as a thin product reads
+    it faster then.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -574,7 +575,7 @@ class RepeatedLinear:
         if torch.is_autocast_enabled(weight.device.type):
             self.dtype = torch.get_autocast_dtype(weight.device.type)
         self.weight = weight.detach().to(self.dtype)
-        self.turned = self.weight.t().contiguous()
+        self.transposed = self.weight.t().contiguous()
         # Every step depends on it, so its backward pass comes after theirs.
         self.last = _WeightGradient.apply(weight, self.seen)
 
@@ -602,7 +603,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx, x: Tensor, last: Tensor, layer: RepeatedLinear) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return x @ layer.turned
+        return x @ layer.transposed
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -654,6 +655,8 @@ def where_state(flag: Tensor, yes: State, no: State) -> State:
 class GRUCell(nn.Module):
     """GRU with one joint projection, optionally layer-normalised; x (..., H), h (..., D) -> (..., D).
 
+    `forward` takes the projection as a function, for `Products` to choose how it is computed.
+
     Differs from the textbook cell: gates come in the order reset, candidate, update; reset scales the candidate's
     pre-activation; the update gate has a bias of -1.
     """
@@ -664,10 +667,8 @@ class GRUCell(nn.Module):
         self.norm = nn.LayerNorm(3 * size, eps=NORM_EPS) if norm else nn.Identity()
         init_truncated(self.linear)
 
-    def forward(self, x: Tensor, h: Tensor, linear: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """`linear` stands in for the joint projection."""
-        gates = (linear or self.linear)(torch.cat([x, h], -1))
-        reset, candidate, update = full(self.norm(gates)).chunk(3, -1)
+    def forward(self, x: Tensor, h: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        reset, candidate, update = full(self.norm(project(torch.cat([x, h], -1)))).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1.0)
         return torch.lerp(h, candidate, update)
