@@ -468,7 +468,10 @@ def test_probe_needs_pictures():
 
 
 def test_losses_and_acting_are_one_graph():
-    """What is recorded or compiled looks at no value on the way: each of the three is traced without a break."""
+    """What is recorded or compiled looks at no value on the way: each of the three is traced without a break.
+
+    Tracing takes plain linear layers in place of `RepeatedLinear`.
+    """
     agent = make_agent(imag_horizon=3)
     batch = {key: value[:, :3] for key, value in make_batch().items()}
 
