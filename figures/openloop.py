@@ -40,7 +40,7 @@ def train_probe(agent: dreamer.Agent, replay: tools.Replay, updates: int) -> flo
         batch = replay.sample()
         with torch.no_grad():
             data = model.preprocess(batch)
-            post, _ = model.rssm.observe(model.hybrid.encoder(data), data["action"], data["is_first"])
+            post, _ = model.dynamics.observe(model.representation.encoder(data), data["action"], data["is_first"])
         losses.append(agent.probe.update(model, batch, post)["probe_loss"].item())
     return float(np.mean(losses[-max(1, updates // 10) :]))
 

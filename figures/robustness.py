@@ -84,11 +84,11 @@ def render(
 def encode(agent, obs: dict[str, np.ndarray], actions: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (K,S,F), actions (K,S,A) and values (K,S,1) for observations (K,E,T,...), S = E T states."""
     draws, episodes, steps = next(iter(obs.values())).shape[:3]
-    model, rssm = agent.world_model, agent.world_model.rssm
+    model, rssm = agent.world_model, agent.world_model.dynamics
     rows = {key: value.reshape(-1, *value.shape[2:]) for key, value in obs.items()}
     first = np.broadcast_to(np.arange(steps) == 0, (draws * episodes, steps))
     data = model.preprocess({**rows, "action": np.tile(actions, (draws, 1, 1)), "is_first": first.copy()})
-    embed, state, states = model.hybrid.encoder(data), rssm.initial((draws * episodes,)), []
+    embed, state, states = model.representation.encoder(data), rssm.initial((draws * episodes,)), []
     for t in range(steps):
         state = rssm.obs_step(state, data["action"][:, t], embed[:, t], data["is_first"][:, t], sample=False)
         states.append(state)

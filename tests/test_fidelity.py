@@ -79,7 +79,7 @@ class Replica:
         mask = None
         if self.grids is not None:
             steps = self.batch["reward"].shape[1]
-            mask = self.agent.world_model.hybrid.cube_mask.expand(self.grids[index].bool(), steps)
+            mask = self.agent.world_model.representation.cube_mask.expand(self.grids[index].bool(), steps)
         return {k: float(v) for k, v in self.agent.update(self.batch, mask).items()}
 
     def act(self) -> dict[str, torch.Tensor]:
