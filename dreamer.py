@@ -31,6 +31,7 @@ import hrssm
 import models
 import networks
 import tools
+from envs import paired
 from exploration import Carry, Rollout
 from setup.tensor_names import current_names, upstream_names
 
@@ -391,14 +392,12 @@ def distracted_tasks(config) -> dict[str, str]:
 
 
 def measure_robustness(agent: Agent, config) -> dict[str, float]:
-    """Scalars of figures/robustness.py. Takes no random numbers from the run."""
-    from figures import robustness
-
-    found = {}
+    """`robustness/<variant>/...` on each distracted task of the run. Takes no random numbers from the run."""
+    metrics, options = {}, env_options(config) | {"clean_image": False}
     for variant, task in distracted_tasks(config).items():
-        numbers = robustness.measure(agent, *robustness.render(task, env_options(config) | {"clean_image": False}))
-        found |= {f"robustness/{variant}/{name}": numbers[name] for name in robustness.NUMBERS}
-    return found
+        values = models.measure_robustness(agent.world_model, agent.actor_critic, *paired.render(task, options))
+        metrics |= {f"robustness/{variant}/{name}": values[name] for name in models.ROBUSTNESS}
+    return metrics
 
 
 def open_loop(agent: Agent, rows: list[dict], length: int = 60) -> np.ndarray:

@@ -17,7 +17,7 @@ are 0-d tensors that stay on the device.
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -556,3 +556,78 @@ class Probe(nn.Module):
             pictures.insert(0, data["image"])
         # (B, T, n H, W, C)
         return ((torch.cat(pictures, 2) + 0.5) * 255.0).round().to(torch.uint8)
+
+
+# --- diagnostics ----------------------------------------------------------------------------------------------------
+# How much a distraction moves the latent and what is computed from it. `S` = states, `K` = draws of the distraction.
+
+ROBUSTNESS = ("denoising_factor", "action_agreement", "value_agreement")
+
+
+def measure_robustness(
+    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, Tensor], actions: Tensor
+) -> dict[str, float]:
+    """`ROBUSTNESS`, and the mean distances `same` and `other`, from what `envs.paired.render` returns.
+
+    `obs` (K,E,T,...) are E episodes of T states under K draws, `actions` (E,T,A) the actions that led to them; arrays
+    do as well. Deterministic: the filter takes the mode of every latent.
+    """
+    latent, action, value = encode_draws(world_model, actor_critic, obs, actions)
+    metrics = denoising_factor(latent)
+    return metrics | {"action_agreement": agreement(action), "value_agreement": agreement(value)}
+
+
+@torch.no_grad()
+def encode_draws(
+    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, Tensor], actions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (K,S,F), actions (K,S,A) and values (K,S,1) for observations (K,E,T,...), with S = E*T, in float64.
+
+    The stochastic part of a latent is its class probabilities, or its mean.
+    """
+    draws, episodes, steps = next(iter(obs.values())).shape[:3]
+    dynamics = world_model.dynamics
+    # (K*E, T, ...)
+    batch = {key: torch.as_tensor(value).flatten(0, 1) for key, value in obs.items()}
+    batch["action"] = torch.as_tensor(actions).repeat(draws, 1, 1)
+    batch["is_first"] = (torch.arange(steps) == 0).repeat(draws * episodes, 1)
+    data = world_model.preprocess(batch)
+    embed = world_model.representation.encoder(data)
+    state, _ = dynamics.observe(embed, data["action"], data["is_first"], sample=False)
+    dist = dynamics.dist(state.logit)
+    latent = state._replace(stoch=dist.log_probs.exp() if dynamics.classes else dist.mode).feat
+    action, value = actor_critic.actor(state.feat).mode, actor_critic.critic(state.feat).mode
+    return tuple(x.reshape(draws, episodes * steps, -1).double() for x in (latent, action, value))
+
+
+def denoising_factor(latent: Tensor) -> dict[str, float]:
+    """(other - same) / (other + same) from latents (K,S,F), with both mean distances (Luo et al., 2025).
+
+    `same` is the distance between latents of one state under different draws, `other` between different states.
+    """
+    draws, states = latent.shape[:2]
+    distance = torch.cdist(latent.flatten(0, 1), latent.flatten(0, 1)).reshape(draws, states, draws, states)
+    # (K, K, S): distances within one state, zero between a draw and itself
+    within = distance.diagonal(dim1=1, dim2=3)
+    same = within.sum() / (states * draws * (draws - 1))
+    other = (distance.sum() - within.sum()) / (states * (states - 1) * draws * draws)
+    factor = (other - same) / (other + same)
+    return {"denoising_factor": factor.item(), "same": same.item(), "other": other.item()}
+
+
+def agreement(x: Tensor) -> float:
+    """1 - (variance over draws) / (total variance) of x (K,S,D); NaN if x is constant."""
+    return (1.0 - x.var(0).mean(0).sum() / x.flatten(0, 1).var(0).sum()).item()
+
+
+def fit_probe(probe: Probe, world_model: WorldModel, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Train `probe` alone on replay `batches` (B,T,*) of the unmasked filter; mean loss of the last tenth of them."""
+    losses = []
+    for batch in batches:
+        with torch.no_grad():
+            data = world_model.preprocess(batch)
+            embed = world_model.representation.encoder(data)
+            post, _ = world_model.dynamics.observe(embed, data["action"], data["is_first"])
+        losses.append(probe.update(world_model, batch, post)["probe_loss"].item())
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last)
