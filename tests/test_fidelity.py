@@ -1,6 +1,6 @@
 """Five updates beside recorded runs of upstream: metrics, gradients, parameter changes and actions must agree.
 
-Recordings are read from `$HRSSM_ORACLE`, else from `$HRSSM_TEST_DATA/oracle`. `tests/record_upstream.py` makes them
+Recordings are read from `$HRSSM_ORACLE`, else from `$HRSSM_TEST_DATA/oracle`. `tests/upstream/record.py` makes them
 from a checkout of upstream.
 """
 
@@ -31,7 +31,7 @@ def oracle_folder() -> Path | None:
 def load(name: str):
     folder = oracle_folder()
     if folder is None or not (folder / name).exists():
-        pytest.skip(f"{name} is not recorded: run tests/record_upstream.py and set HRSSM_ORACLE")
+        pytest.skip(f"{name} is not recorded: run tests/upstream/record.py and set HRSSM_ORACLE")
     return torch.load(folder / name, weights_only=False)
 
 

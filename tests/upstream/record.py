@@ -1,6 +1,6 @@
 """Record reference numbers by running a checkout of the original HRSSM code (github.com/bit1029public/HRSSM).
 
-    OMP_NUM_THREADS=1 python tests/record_upstream.py --upstream HRSSM --out recorded [--data DIR] [--variants NAME ...]
+    OMP_NUM_THREADS=1 python tests/upstream/record.py --upstream HRSSM --out recorded [--data DIR] [--variants NAME ...]
 
 Upstream's own agent is built in a small configuration, given generic weights, and trained for five updates on one fixed
 batch, once in float32 and once in float64. Every metric, gradient norm and parameter change, and the actions of the
@@ -31,6 +31,10 @@ from unittest import mock
 import numpy as np
 import torch
 import yaml
+
+if __name__ == "__main__":
+    # Without this script's own folder, whose `envs.py` would hide the upstream folder `envs`.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 BATCH, TIME, BLOCK, UPDATES = 4, 16, 4, 5
 RETURN_RANGE = (-0.4, 1.9)
