@@ -229,7 +229,7 @@ def test_updates_equal_the_recordings_in_the_repository(path, precision, monkeyp
     state = {name: formula.weight(name, shape) for name, shape in recording["shapes"].items()}
     batch = formula.batch(config["num_actions"], config["actor_dist"] == "onehot", recording["vectors"])
     grids = formula.grids() if method == "hrssm" else None
-    replica = Replica(config, state, batch, formula.RETURN_RANGE, grids, method)
+    replica = Replica(config, state, batch, recording["return_range_init"], grids, method)
     assert_equal_run(replica, recording[precision], ARGMAX_LIMITS[precision])
 
 

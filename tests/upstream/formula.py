@@ -14,7 +14,9 @@ import torch
 
 UPDATES, BLOCK, ELEMENTS = 3, 4, 4
 SALT = "10"  # of 60 tried, the one with the largest lead of the class that is drawn
-RETURN_RANGE, NOISE = (-0.4, 1.9), 0.9
+NOISE = 0.9
+RETURN_RANGES = {"rssm": (0.3, 0.9)}  # narrower than 1: the scale of returns is bounded there
+RETURN_RANGE = (-0.4, 1.9)  # of all others
 # Resets per row: only at the start; at the start and inside, after a terminal step; inside only.
 RESETS, TERMINAL = ([0], [0, 5], [3]), (1, 4)
 ROWS, STEPS = len(RESETS), 8

@@ -154,7 +154,8 @@ ORIGINS = {
         repository="NM512/dreamerv3-torch",
         options=DREAMER,
         variants=DREAMER_VARIANTS,
-        formula_variants={"dreamer": DREAMER_VARIANTS["dreamer_mixed"], "rssm": NO_DECODER},
+        # Vectors beside pictures; a floor of the KL below which about half of its elements are.
+        formula_variants={"dreamer": DREAMER_VARIANTS["dreamer_mixed"], "rssm": NO_DECODER | {"kl_free": 4.5}},
         prefix="",
         updates=3,
         described=(0, 1, 2),
@@ -506,14 +507,15 @@ def record_by_formula(checkout, name, out):
     shapes = {key: list(param.shape) for key, param in make_agent(batch).named_parameters()}
     state = {key: formula.weight(key, shape) for key, shape in shapes.items()}
     grids, chance = formula.grids() if "mask_ratio" in config else None, (True, formula.NOISE)
+    return_range = formula.RETURN_RANGES.get(name, formula.RETURN_RANGE)
     one_run = functools.partial(
-        run, make_agent, origin, chance, state, batch, grids, updates=formula.UPDATES, start_range=formula.RETURN_RANGE
+        run, make_agent, origin, chance, state, batch, grids, updates=formula.UPDATES, start_range=return_range
     )
     (f32, draws32), (f64, draws64) = one_run(dtype=torch.float32), one_run(dtype=torch.float64)
     # fmt: off
     about = {
         "variant": name, "method": name.split("_")[0], "source": checkout.source, "config": config, "vectors": vectors,
-        "shapes": shapes, "reliability": reliability(draws32, draws64),
+        "return_range_init": return_range, "shapes": shapes, "reliability": reliability(draws32, draws64),
     }
     # fmt: on
     formula.write(out / f"{name}.npz", about, {"f64": f64, "f32": f32})
