@@ -162,7 +162,9 @@ def assert_equal_run(replica: Replica, expected: dict, limits: Limits, gradients
     check_policy("policy_before")
     for index, update in enumerate(expected["updates"]):
         metrics = replica.update(index)
-        assert metrics.keys() == update["metrics"].keys()
+        # dreamerv3-torch does not report the extremes of the reward.
+        assert metrics.keys() - update["metrics"].keys() <= {"min_reward", "max_reward"}
+        assert update["metrics"].keys() <= metrics.keys()
         for name, value in update["metrics"].items():
             close(metrics[name], value, limits.metric_rtol, limits.metric_atol, f"update {index}: {name}")
         quantiles = update["reward_ema"] if "reward_ema" in update else update["return_range"]
