@@ -30,7 +30,7 @@ OTHER_PROGRAMS = {"sbatch": {"array"}, "tensorboard": {"logdir"}, "torchrun": {"
 TAKE_OPTIONS = ("dreamer.py", "setup/sweep.sh", "setup/slurm.sh", "tests/bench/bench.py")  # those of dreamer.py
 
 SHORT = "--steps 40 --prefill 8 --eval_every 40 --time_limit 16 --pretrain 1 --train_ratio 1 --eval_episode_num 1"
-SHORT += " --envs 1 --parallel False --total_frames 10 --dataset_size 1000 " + SMALL
+SHORT += " --envs 1 --parallel False --total_frames 10 --dataset_size 1000 --decoder.cnn_depth 4 " + SMALL
 
 
 def find_commands() -> list[list[str]]:
