@@ -48,7 +48,7 @@ def run(args) -> None:
         batches = (replay.sample() for _ in trange(args.updates, unit="update", disable=None))
         loss = models.fit_probe(agent.probe, agent.world_model, batches)
         seen = []
-        dreamer.evaluate(agent, vec, 1, seen=seen)
+        dreamer.evaluate(agent, vec, 1, rows=seen)
     finally:
         vec.close()
     frames = dreamer.open_loop(agent, seen)
