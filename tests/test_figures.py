@@ -3,6 +3,7 @@
 import base64
 import csv
 import gzip
+import itertools
 import json
 import re
 
@@ -89,7 +90,7 @@ def test_runs_are_grouped_by_task_and_by_what_differs(sweep):
     assert {name: len(runs) for name, runs in groups.items()} == {
         (task, method): 2
         for task in ("dmc_walker_stand", "dmc_cheetah_run")
-        for method in ("HRSSM", "HRSSM nomlr nosimsr")
+        for method in ("HRSSM", "HRSSM without both losses")
     }
 
 
@@ -100,10 +101,72 @@ def test_names_of_methods(tmp_path, capsys):
         tmp_path / "c", [1.0], task="dmc_cheetah_run", mask_ratio=0.7, action_repeat=4
     )  # with the task, not within
     methods = [run.method for run in plot.read_runs([tmp_path], method="ours")]
-    assert methods == ["ours mask_ratio 0.3", "ours mask_ratio 0.7", "ours mask_ratio 0.7"]
+    assert methods == ["ours mask ratio 0.3", "ours mask ratio 0.7", "ours mask ratio 0.7"]
     write_run(tmp_path / "d", [1.0], mask_ratio=0.3, patch_size=8, block_size=2, encoder_tau=0.1)
     assert {run.method for run in plot.read_runs([tmp_path])} == {"HRSSM #1", "HRSSM #2", "HRSSM #3"}
-    assert "HRSSM #1: mask_ratio 0.3, patch_size 10" in capsys.readouterr().out
+    assert "HRSSM #1: mask ratio 0.3, patch size 10" in capsys.readouterr().out
+
+
+def test_methods_have_names_and_options_of_their_own(tmp_path, capsys):
+    """A decoder is part of `dreamer` and a probe elsewhere; runs from before the option `method` are HRSSM."""
+    write_run(tmp_path / "a", [1.0])
+    saved = json.loads((tmp_path / "a/config.json").read_text())
+    saved["config"].pop("method", None)
+    (tmp_path / "a/config.json").write_text(json.dumps(saved))
+    write_run(tmp_path / "b", [1.0], method="hrssm", nosimsr=True, decoder={"cnn_depth": 8})
+    write_run(tmp_path / "c", [1.0], method="dreamer", decoder={"cnn_depth": 8})
+    write_run(tmp_path / "d", [1.0], method="dreamer")
+    write_run(tmp_path / "e", [1.0], method="repo")
+    write_run(tmp_path / "f", [1.0], method="hrssm", nomlr=True, mask_ratio=0.3)
+    assert capsys.readouterr().err == ""
+    runs = plot.read_runs([tmp_path])
+    assert [run.method for run in runs] == [
+        "HRSSM mask ratio 0.5",
+        "HRSSM without bisimulation, mask ratio 0.5",
+        "DreamerV3 decoder cnn depth 8",
+        "DreamerV3 decoder cnn depth 32",
+        "RePo",
+        "HRSSM without latent reconstruction, mask ratio 0.3",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_unequal_settings_of_two_methods_cost_a_warning(tmp_path, capsys):
+    write_run(tmp_path / "a", [1.0], method="hrssm", batch_size=8)
+    write_run(tmp_path / "b", [1.0], method="dreamer", batch_size=16)
+    assert [run.method for run in plot.read_runs([tmp_path])] == ["HRSSM", "DreamerV3"]
+    assert "the methods do not share all their settings: batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "suffix, start", [(".svg", b"<?xml"), (".pdf", b"%PDF"), (".png", b"\x89PNG"), ("", b"\x89PNG")]
+)
+def test_the_suffix_of_out_decides_the_format(sweep, tmp_path, suffix, start):
+    assert plot.main([str(sweep), "--out", str(tmp_path / f"c{suffix}")]) == 0
+    assert (tmp_path / f"c{suffix or '.png'}").read_bytes().startswith(start)
+
+
+def test_unknown_format(sweep, capsys):
+    assert plot.main([str(sweep), "--out", str(sweep / "c.html")]) == 2
+    assert "must be one of .png, .pdf, .svg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tasks, methods", [(1, 4), (2, 2), (3, 8), (5, 3)])
+def test_text_stays_inside_the_picture(tmp_path, tasks, methods):
+    """Titles and labels of the axes within the figure, neighbouring panels apart."""
+    for task, method, seed in itertools.product(range(tasks), range(methods), range(2)):
+        folder = tmp_path / f"{task}_{method}_{seed}"
+        name = f"{'gym' if task else 'dmc'}_walker{task}_stand_distracting_cs"
+        write_run(folder, [1.0, 2.0], task=name, seed=seed, mask_ratio=method / 10, steps=[100000, 400000])
+    _, results = plot.load(plot.arguments("", "x").parse_args([str(tmp_path)]))
+    figure = plot.draw(results)
+    figure.canvas.draw()
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    width, height = figure.canvas.get_width_height()
+    for box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    plot.plt.close(figure)
 
 
 def test_a_row_that_comes_again_replaces_the_first_and_null_is_no_value(tmp_path):
@@ -161,7 +224,7 @@ def test_files(sweep, tmp_path):
 
     points = {(r["source"], r["task"], r["method"], float(r["step"])): r for r in rows(tmp_path / "c.csv")}
     assert float(points["run", "dmc_walker_stand", "HRSSM", 100]["iqm"]) == 100.5
-    assert points["run", "dmc_walker_stand", "HRSSM nomlr nosimsr", 200]["runs"] == "1"
+    assert points["run", "dmc_walker_stand", "HRSSM without both losses", 200]["runs"] == "1"
     assert float(points["published", "dmc_walker_stand", "other", 150]["iqm"]) == 1.5
     assert max(step for *_, step in points) == 200  # published curves end where ours do
 
