@@ -15,10 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 import tools
-from figures import plot
+from figures import grid, plot
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -116,21 +119,30 @@ def videos(runs: Sequence[plot.Run]) -> str:
 
 
 def strips(runs: Sequence[plot.Run]) -> str:
-    """The latest open-loop strip of every run."""
+    """The latest open-loop strip of every run, with labels."""
     figures = []
     for run in runs:
         paths = sorted((run.logdir / "video").glob("eval*openloop_*.png"), key=plot.natural)
         if paths:
             caption = f"{run.task}, {run.method}, seed {run.seed}, step {paths[-1].stem.rpartition('_')[2]}"
-            source = data_uri("image/png", paths[-1].read_bytes())
+            source = data_uri("image/png", label_strip(paths[-1], run.config["size"]))
             figures.append(
                 f'<p class="note">{html.escape(caption)}</p><img class="strip" alt="open loop" src="{source}">'
             )
     note = (
-        "Every fifth frame. Rows from the top: observed (if it differs from the truth), truth, model, error (grey is "
-        "zero). The model sees 10 frames, the first two columns, and imagines the rest from the actions alone."
+        "Every fifth frame; error: grey is zero. The model sees 10 frames and imagines the rest from the actions alone."
     )
     return "".join([f'<p class="note">{note}</p>', *figures]) if figures else "<p>None.</p>"
+
+
+def label_strip(path: Path, size: Sequence[int]) -> bytes:
+    """PNG of a strip written during training, whose frames have `size` (H, W)."""
+    height, width = size
+    strip = np.asarray(Image.open(path).convert("RGB"))
+    columns = np.stack(np.split(strip, strip.shape[1] // width, axis=1))
+    file = io.BytesIO()
+    grid.open_loop(columns, height).save(file, format="PNG")
+    return file.getvalue()
 
 
 def robustness(runs: Sequence[plot.Run], path: str | None) -> str:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import tools
-from figures import plot, report
+from figures import grid, plot, report
 
 
 def write_run(folder, values, *, steps=None, task="dmc_walker_stand", seed=0, key="eval/return", **options):
@@ -260,7 +260,7 @@ def test_report_is_one_self_contained_page(sweep):
     noise = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
     for step, frames in zip((900, 1000), noise, strict=True):
         tools.save_mp4(run / "video" / f"eval_policy_{step}.mp4", frames, 10)
-    Image.new("RGB", (8, 8)).save(run / "video" / "eval_openloop_900.png")
+    Image.new("RGB", (12 * 64, 3 * 64)).save(run / "video" / "eval_openloop_900.png")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 300, "robustness/video/denoising_factor": 0.4321}\n')
     write_run(sweep / "<b>", [1.0], task="dmc_<b>_run")
@@ -276,3 +276,28 @@ def test_report_is_one_self_contained_page(sweep):
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "dmc_<b>" not in page and "dmc_&lt;b&gt;" in page
     assert "<tr><td>nomlr</td>" in page and tools.package_version("torch") in page
+
+
+def test_a_grid_enlarges_without_smoothing_and_labels_rows_and_columns():
+    frame = np.full((8, 8, 3), 200, np.uint8)
+    frame[0, 0] = 10
+    picture = np.asarray(grid.draw([[frame, None], [frame, frame]], ["one", "two"], ["a", "b"], tile=20))
+    values, counts = np.unique(picture[(picture == picture[..., :1]).all(-1)][:, 0], return_counts=True)
+    pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    assert pixels[200] >= 3 * 63 * 9 and 3 * 9 <= pixels[10] < 4 * 9  # three tiles of 8 x 8 cells of 3 x 3 pixels
+    left, top = picture.shape[1] - 2 * (24 + grid.GAP), picture.shape[0] - 2 * (24 + grid.GAP)
+    assert (picture[:top, left:] < 100).any() and (picture[top:, :left] < 100).any()  # both kinds of label
+    assert (picture[top : top + 24, -24 - grid.GAP :] == 255).all()  # the blank tile
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_open_loop_strip(rows, monkeypatch):
+    """A row per part of the video, the observed frame only where there are four; a line after the frames seen."""
+    calls = []
+    monkeypatch.setattr(grid, "draw", lambda *args, **options: calls.append((args, options)))
+    columns = np.arange(rows * 16, dtype=np.uint8)[None, :, None, None] * np.ones((12, 1, 16, 3), np.uint8)
+    grid.open_loop(columns, 16)
+    ((tiles, labels, titles), options) = calls[0]
+    assert labels == ["observed", "truth", "model", "error"][-rows:] and options == {"rule": 2}
+    assert titles[:3] == ["seen t=0", "seen t=5", "imagined t=10"] and len(titles) == 12
+    assert [tile[0][0, 0, 0] for tile in tiles] == [16 * i for i in range(rows)]
