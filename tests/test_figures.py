@@ -1,4 +1,4 @@
-"""Plots and report: statistics, binning, grouping, files, unfinished and broken runs."""
+"""Plots and report: statistics, binning, grouping, files, labels, unfinished and broken runs."""
 
 import base64
 import csv
@@ -16,20 +16,20 @@ from figures import grid, plot, report
 
 
 def write_run(folder, values, *, steps=None, task="dmc_walker_stand", seed=0, key="eval/return", **options):
-    """A run's files as dreamer.py leaves them, with `values` at `steps` (default every 100 frames)."""
+    """The files of a run as dreamer.py writes them, with `values` at `steps` (default every 100 frames)."""
     config = tools.load_config(["--eval_every", "100", "--steps", "500"])
     vars(config).update(task=task, seed=seed, logdir=str(folder), **options)
     tools.save_config(config, folder, ["--seed", str(seed)])
     steps = steps or [100 * (i + 1) for i in range(len(values))]
     rows = [json.dumps({"step": s, key: v, "time": 36.0}) for s, v in zip(steps, values, strict=True)]
-    # Other rows in between, as in every run.
+    # Other rows in between, as in real runs.
     (folder / "metrics.jsonl").write_text("\n".join(['{"step": 1, "episode/return": 1.0}', *rows]) + "\n")
     return folder
 
 
 @pytest.fixture
 def sweep(tmp_path):
-    """2 tasks x 2 methods x 2 seeds; one run is unfinished and one was killed while it wrote a line."""
+    """2 tasks x 2 methods x 2 seeds; one run is unfinished, and one was killed while writing a line."""
     for task, level in [("dmc_walker_stand", 100.0), ("dmc_cheetah_run", 500.0)]:
         for seed in range(2):
             full = write_run(tmp_path / task / "full" / str(seed), [level + seed, level + 10], task=task, seed=seed)
@@ -46,10 +46,10 @@ def sweep(tmp_path):
 def test_iqm_is_the_mean_of_the_middle_half():
     assert plot.iqm([np.array([0.0, 10.0, 20.0, 1000.0])])[0] == 15
     assert plot.iqm([np.array([0.0, 10.0]), np.array([20.0, 1000.0])])[0] == 15
-    assert plot.iqm([np.array([1.0, 2.0, 6.0])])[0] == 3  # too few to cut
+    assert plot.iqm([np.array([1.0, 2.0, 6.0])])[0] == 3  # too few for quartiles
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_the_true_mean_about_as_often_as_stated():
     rng = np.random.default_rng(1)
     draws = rng.normal(size=(200, 20))
     covered = [low <= 0 <= high for _, low, high in (plot.iqm([draw]) for draw in draws)]
@@ -57,7 +57,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_the_bootstrap_is_stratified():
-    """Runs are drawn within their task: the gap between two tasks must not widen the interval."""
+    """Runs are resampled within their task: the gap between two tasks must not widen the interval."""
     rng = np.random.default_rng(0)
     easy, hard = rng.normal(900, 5, 6), rng.normal(100, 5, 6)
     mean, low, high = plot.iqm([easy, hard])
@@ -71,7 +71,7 @@ def test_one_run_has_no_interval():
 
 
 def test_bins():
-    """Left closed; the mean of a run's rows counts once; a run that has not got there is left out and told."""
+    """Closed on the left; a run counts once, with the mean of its rows; `complete` is false where a run is missing."""
     one = plot.Run("t", "m", 0, np.array([99.0, 100.0, 150.0, 200.0]), np.array([1.0, 2.0, 4.0, 8.0]))
     two = plot.Run("t", "m", 1, np.array([100.0]), np.array([5.0]))
     points = plot.curve([one, two], 100)
@@ -169,7 +169,7 @@ def test_text_stays_inside_the_picture(tmp_path, tasks, methods):
     plot.plt.close(figure)
 
 
-def test_a_row_that_comes_again_replaces_the_first_and_null_is_no_value(tmp_path):
+def test_a_repeated_row_replaces_the_first_and_null_is_no_value(tmp_path):
     write_run(tmp_path / "a", [1.0, 2.0, 3.0, None], steps=[100, 200, 200, 300])
     (run,) = plot.read_runs([tmp_path / "a"])
     assert (run.steps.tolist(), run.values.tolist()) == ([100, 200], [1, 3])

@@ -1,4 +1,4 @@
-"""The robustness report: its numbers against naive loops, its pictures against real simulators, the command."""
+"""Robustness: measures against naive loops, paired observations in real simulators, the command and its picture."""
 
 import csv
 import itertools
@@ -70,7 +70,7 @@ def test_errors_are_jackknife_errors_over_draws(rendered):
 
 
 def test_extremes():
-    """1 if only the state matters; about 0 for agreement, and below 0 for the factor, if only the draw matters."""
+    """1 if only the state matters; agreement about 0 and factor below 0 if only the draw matters."""
     x = torch.randn(1, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     states, draws = x.expand(40, -1, -1), x[:, :40].transpose(0, 1).expand(-1, 50, -1)
     assert models.denoising_factor(states)["denoising_factor"] == pytest.approx(1.0)
@@ -79,7 +79,7 @@ def test_extremes():
     assert abs(models.agreement(draws)) < 0.05
 
 
-def test_one_state_many_distractions(rendered):
+def test_one_state_under_many_distractions(rendered):
     obs, actions = rendered
     assert obs["image"].shape == (3, 2, 5, 32, 32, 3) and actions.shape == (2, 5, 1)
     for key in ("position", "velocity"):
@@ -96,7 +96,7 @@ def test_an_agent_that_sees_no_picture_is_perfectly_robust(rendered):
     vectors, _ = make_agent("--encoder.mlp_keys", ".*", "--encoder.cnn_keys", "$^")
     pixels, _ = make_agent()
     for agent in (vectors, pixels):
-        torch.nn.init.normal_(agent.actor_critic.critic.out.weight)  # it starts with zeros
+        torch.nn.init.normal_(agent.actor_critic.critic.out.weight)  # initialised to zero
     before = torch.get_rng_state()
     blind, seeing = (models.measure_robustness(a.world_model, a.actor_critic, *rendered) for a in (vectors, pixels))
     assert torch.equal(before, torch.get_rng_state())
@@ -135,7 +135,7 @@ def test_command(tmp_path, capsys, monkeypatch):
         (str(tmp_path), TASK),
         (f"{tmp_path} untrained", TASK),
     ]
-    # The weights are those of the same seed, so that both rows must agree but for the return.
+    # The weights have the same seed, so both rows agree except for the return.
     assert [rows[1][name] for name in models.ROBUSTNESS[:2]] == [rows[2][name] for name in models.ROBUSTNESS[:2]]
     assert float(rows[1]["of_clean"]) == pytest.approx(float(rows[1]["return"]) / float(rows[0]["return"]))
     assert float(rows[1]["denoising_factor_ci"]) > 0 and float(rows[1]["return_ci"]) >= 0

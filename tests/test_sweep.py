@@ -102,7 +102,7 @@ def test_methods_by_name(sweep, tmp_path):
     assert (tmp_path / "my runs/t/dreamer/0/sweep.done").exists()
 
 
-def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(sweep, tmp_path):
+def test_a_failed_run_does_not_stop_the_others_and_is_retried(sweep, tmp_path):
     code, out, _ = finish(sweep("--tasks t --seeds 13,1"))
     assert code == 1
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["failed", "error:", "finished"]
@@ -110,7 +110,7 @@ def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(sweep, tmp_pat
     assert [o["--seed"] for o in started(tmp_path)] == ["13", "1", "13"]
 
 
-def test_only_so_many_at_a_time_and_two_sweeps_share(sweep, tmp_path):
+def test_number_of_jobs_and_two_sweeps_sharing_the_work(sweep, tmp_path):
     both = [sweep("--tasks t --seeds 0,1,2,3 --jobs 1 -- --sleep 1.2") for _ in range(2)]
     assert [finish(process)[0] for process in both] == [0, 0]
     assert sorted(o["--seed"] for o in started(tmp_path)) == ["0", "1", "2", "3"]
@@ -121,7 +121,7 @@ def test_only_so_many_at_a_time_and_two_sweeps_share(sweep, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(sweep, tmp_path, number):
+def test_an_interrupted_sweep_stops_its_runs_and_resumes_later(sweep, tmp_path, number):
     process = sweep("--tasks t --seeds 0,1 -- --sleep 30")
     deadline = time.monotonic() + 60
     while not (tmp_path / "my runs/t/full/0/metrics.jsonl").exists():
