@@ -90,7 +90,7 @@ class Vector:
         } | {flag: np.zeros(self.num_envs, bool) for flag in FLAGS}
 
     def reset(self, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """Reset the environments where `mask` (n,) is true; returns the observations of all, unchanged for the others."""
+        """Reset the environments where `mask` (n,) is true; returns the observations of all environments."""
         with self._closed_on_error():
             for i, (start, observation) in self._call_all(np.flatnonzero(mask), "reset", self._new_seeds).items():
                 self._starts[i], self._actions[i], self._new_seeds[i], self._lost[i] = start, [], None, False
@@ -140,8 +140,8 @@ class Vector:
     def load_state_dict(self, states: list[dict]) -> np.ndarray:
         """Restore every environment, and return which episodes (n,) continue.
 
-        Episodes are restored by replaying their actions. One that does not reach the same observation does not continue,
-        with a warning.
+        Episodes are restored by replaying their actions. One that does not reach the same observation does not
+        continue, with a warning.
         """
         with self._closed_on_error():
             self._call_all(range(self.num_envs), "set_state", [state["start"] for state in states])

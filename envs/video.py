@@ -1,8 +1,8 @@
 """Background frames for distracted tasks: from videos, images, a colour or noise.
 
 A source is called once per observation as `source(first)`, with `first` true after a reset, and returns a uint8 frame
-that broadcasts to (H, W, 3). Clips are decoded once, to grey frames of the observation size, into a file that all worker
-processes memory-map. A source holds only paths and a position, so it is cheap to pickle.
+that broadcasts to (H, W, 3). Clips are decoded once, to grey frames of the observation size, into a file that all
+workers memory-map. A source holds only paths and a position, so it is cheap to pickle.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""Checks that this machine can train: one line per check, with a fix for each failure; exit status 1 if any check fails.
+"""Checks that this machine can train: one line per check, with a fix for each failure; exit status 1 on failure.
 
 Run it as `setup/run.sh python setup/doctor.py`. With a warning training works, but with restrictions.
 """

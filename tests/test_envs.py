@@ -25,8 +25,8 @@ from envs.vector import Vector
 ROOT = Path(__file__).parent.parent
 SIZE = (64, 64)
 ALL_TASKS = [(domain, name) for domain, names in TASKS.items() for name in names]
-# First frame (seed 0, camera 0, 64x64) of every domain, and of the tasks that build their model in code, rendered by the
-# natural-video research code with its own copy of the suite: fraction of pixels replaced by the video, and mean colour.
+# First frame (seed 0, camera 0, 64x64) of every domain, and of the tasks that build their model in code, rendered by
+# the natural-video research code with its own copy of the suite: fraction of replaced pixels, and mean colour.
 REFERENCE = json.loads((ROOT / "tests/reference_frames.json").read_text())
 
 

@@ -226,7 +226,7 @@ def test_ground_truth_and_camera_of_the_plain_tasks(make):
     assert env.observation_space.contains(env.step(np.zeros(7))[0])
 
 
-# --- stand-ins for models that need a download -------------------------------------------------------------------------
+# --- stand-ins for models that need a download ------------------------------------------------------------------------
 
 FAUCET = """<robot name="faucet">
 <link name="base"/>
@@ -309,7 +309,7 @@ def test_downloads_from_local_folders(rooms, tmp_path, monkeypatch, capfd):
     assert download.main(["matterport"]) == 2 and download.main(["matterport", "--from", str(tmp_path / "no")]) == 2
 
 
-# --- error messages ----------------------------------------------------------------------------------------------------
+# --- error messages ---------------------------------------------------------------------------------------------------
 
 
 def one_line(match: str, call) -> None:
