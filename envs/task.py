@@ -19,7 +19,7 @@ class Task(NamedTuple):
 
 
 def two_seeds(seed: np.random.SeedSequence, start: int | None = None) -> tuple[int, int]:
-    """Seeds of the simulator and of the background, different for each `start`. Unlike `spawn`, keeps `seed` as it is."""
+    """Seeds of the simulator and the background, different for each `start`. Unlike `spawn`, does not change `seed`."""
     if start is not None:
         seed = np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, start))
     task_seed, background_seed = seed.generate_state(2)
