@@ -577,7 +577,7 @@ def follow(vec, steps, seed):
 RESTORED = {
     "dmc_pendulum_swingup_video": {"parallel": True, "img_source": "noise"},
     "dmc_reacher_easy_video": {},
-    "gym_tests.soak:Dot-v0": {},
+    "gym_tests.bench.soak:Dot-v0": {},
 }
 
 

@@ -70,5 +70,6 @@ def test_options_presets_and_files_exist():
     presets = re.findall(r"^\| `(\w+)` \| .*\|$", README.split("| preset | for |")[1].split("\n\n")[0], re.MULTILINE)
     assert set(presets) == blocks.keys() - {"defaults"}
     files = re.findall(r"\]\(((?:figures|envs|setup)/[^)]+)\)", README) + re.findall(r"`(\w+\.py)`", README)
+    files += re.findall(r"tests/[\w/]+\.py", README)
     files.remove("my_env.py")  # the user's
     assert [file for file in files if not (ROOT / file).exists() and not (ROOT / "tests" / file).exists()] == []

@@ -20,8 +20,8 @@ import dreamer
 import envs
 import tools
 from figures import openloop
+from tests.bench.soak import DOT
 from tests.helpers import ROOT, SMALL, make_agent, make_config
-from tests.soak import DOT
 
 SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
 SHORT += " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --actor_start 2 --train_ratio 16"

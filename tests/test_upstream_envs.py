@@ -10,7 +10,7 @@ import pytest
 
 from envs import distracting_cs, dmc_gs
 from envs.dmc import ControlSuite, check_rendering
-from tests import upstream_envs
+from tests.upstream import envs
 
 ROOT = os.environ.get("HRSSM_UPSTREAM")
 pytestmark = pytest.mark.skipif(not ROOT, reason="set HRSSM_UPSTREAM to a checkout of upstream, pip install xmltodict")
@@ -31,7 +31,7 @@ def upstream(tmp_path_factory):
                 (assets / "dmcgs" / mode / file.name).symlink_to(file)
         patch.setenv("HRSSM_ASSETS", str(assets))
         patch.setenv("HRSSM_CACHE", str(assets / "cache"))
-        yield upstream_envs.load(Path(ROOT).resolve())
+        yield envs.load(Path(ROOT).resolve())
 
 
 def assert_same_frames(ours, theirs, action_size):

@@ -1,12 +1,23 @@
-"""Record reference numbers by running a checkout of the original HRSSM code (github.com/bit1029public/HRSSM).
+"""Record reference numbers by running the original code: HRSSM's, or the dreamerv3-torch from which that was forked.
 
-    OMP_NUM_THREADS=1 python tests/record_upstream.py --upstream HRSSM --out recorded [--data DIR] [--variants NAME ...]
+    export OMP_NUM_THREADS=1
+    python tests/upstream/record.py --upstream CHECKOUT --out recorded [--data DIR] [--variants NAME ...]
+    python tests/upstream/record.py --upstream CHECKOUT --formula [--out tests/upstream/recorded]
 
-Upstream's own agent is built in a small configuration, given generic weights, and trained for five updates on one fixed
-batch, once in float32 and once in float64. Every metric, gradient norm and parameter change, and the actions of the
-evaluation policy before and after, go to `oracle_<variant>.pt` in the output folder, beside the weights (layout of
-upstream's `latest.pt`) and the batch that were used. Weights and batches that `--data` holds are used instead of new
-ones; if it holds the result of a variant too, the largest differences are printed. Two families of variants:
+CHECKOUT is one of github.com/bit1029public/HRSSM or of github.com/NM512/dreamerv3-torch at commit 49d12ba, with a
+decoder (variants `dreamer_*`) and without (`rssm_*`).
+
+The original agent is built in a small configuration, given generic weights, and trained for five updates (three of
+dreamerv3-torch) on one fixed batch, once in float32 and once in float64. Every metric, gradient norm and parameter
+change, and the actions of the evaluation policy before and after, go to `oracle_<variant>.pt` (dreamerv3-torch:
+`<variant>.pt`) in the output folder, beside the weights and the batch that were used. Weights are a state dict of the
+original, of dreamerv3-torch without repeated tensors. Weights and batches that `--data` holds are used instead of new
+ones; if it holds the result of a variant too, the largest differences are printed.
+
+`--formula` writes the small recordings that are part of the repository: weights, batch and masks come from
+`formula.py`, so that only results are stored.
+
+Two families of variants of HRSSM (dreamerv3-torch is recorded as argmax, with noise 0.9):
 
 argmax: drawing a class returns the most probable one and standard-normal noise is the constant `noise` of the variant.
 peaked: nothing is replaced; the weights make every draw certain (one class leads by about 25 nats or more). They are
@@ -22,36 +33,53 @@ import functools
 import importlib
 import io
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 import yaml
 
+if __name__ == "__main__":
+    # Without this script's own folder, whose `envs.py` would hide the upstream folder `envs`.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from upstream import formula
+
+RECORDED = Path(__file__).resolve().with_name("recorded")
 BATCH, TIME, BLOCK, UPDATES = 4, 16, 4, 5
 RETURN_RANGE = (-0.4, 1.9)
 VECTORS = {"position": 5, "velocity": 4}
 # fmt: off
 SMALL = {
     "batch_size": BATCH, "batch_length": TIME, "size": (64, 64), "envs": 2, "num_actions": 3,
-    "dyn_hidden": 64, "dyn_deter": 64, "dyn_stoch": 8, "dyn_discrete": 8, "dyn_cont_stoch_size": 16, "units": 64,
+    "dyn_hidden": 64, "dyn_deter": 64, "dyn_stoch": 8, "dyn_discrete": 8, "units": 64,
     "encoder": {"cnn_depth": 4, "mlp_units": 32}, "device": "cpu", "compile": False,
+}
+SMALLER = {
+    "batch_size": formula.ROWS, "batch_length": formula.STEPS,
+    "dyn_hidden": 32, "dyn_deter": 32, "dyn_stoch": 4, "dyn_discrete": 6, "units": 32, "encoder": {"mlp_units": 16},
 }
 # Options that upstream declares in its script rather than in its configs.yaml, with the defaults found there.
 SCRIPT_OPTIONS = {
     "simsr_discount": 0.99, "dynamics_tau": 0.05, "encoder_tau": 0.05, "simsr_scale": 1.0, "mbr_scale": 1.0,
     "nomlr": False, "nosimsr": False,
 }
+HRSSM = {"dyn_cont_stoch_size": 16} | SCRIPT_OPTIONS
+DREAMER = {"decoder": {"cnn_depth": 4, "mlp_units": 32}}
+NO_DECODER = {"decoder": {"cnn_keys": "$^"}, "grad_heads": ["reward", "cont"]}
+DISCRETE = {"actor_dist": "onehot", "imag_gradient": "reinforce"}
+CLIPPED = {"grad_clip": 1.0, "value_grad_clip": 1.0, "actor_grad_clip": 1.0}
 PEAKED = {
     "unimix_ratio": 0.0, "action_unimix_ratio": 0.0, "mask_ratio": 0.0, "opt_eps": 1e-4,
     "actor_min_std": 1e-7, "actor_max_std": 3e-7,
 }
 # fmt: on
-VARIANTS = {
+HRSSM_VARIANTS = {
     "argmax_default": {},
     "argmax_nomlr": {"nomlr": True},
     "argmax_nosimsr": {"nosimsr": True},
@@ -63,24 +91,82 @@ VARIANTS = {
     "argmax_noise": {},
     "argmax_reinforce": {"imag_gradient": "reinforce"},
     "argmax_both": {"imag_gradient": "both", "imag_gradient_mix": 0.1},
-    "argmax_onehot": {"actor_dist": "onehot", "imag_gradient": "reinforce"},
+    "argmax_onehot": DISCRETE,
     "argmax_freebits": {"kl_free": 12.0},
     "argmax_mixed": {"encoder": {"mlp_keys": "position|velocity"}},
-    "argmax_clip": {"grad_clip": 1.0, "value_grad_clip": 1.0, "actor_grad_clip": 1.0},
+    "argmax_clip": CLIPPED,
     "peaked_default": PEAKED,
     "peaked_nomlr": PEAKED | {"nomlr": True},
     "peaked_nosimsr": PEAKED | {"nosimsr": True},
     "peaked_midfirst": PEAKED,
     "peaked_mask1": PEAKED | {"mask_ratio": 1.0},
 }
-BATCHES = {"argmax_midfirst": "midfirst", "argmax_rms": "rms", "peaked_midfirst": "types_midfirst"}
-BATCHES |= {"argmax_onehot": "onehot", "argmax_mixed": "mixed"}
+DREAMER_VARIANTS = {
+    "dreamer_default": {},
+    "dreamer_midfirst": {},
+    "dreamer_mixed": {"encoder": {"mlp_keys": "position|velocity"}, "decoder": {"mlp_keys": "position|velocity"}},
+    "dreamer_onehot": DISCRETE,
+    "dreamer_clip": CLIPPED,
+    "dreamer_sigmoid": {"decoder": {"cnn_sigmoid": True}},
+    "rssm_default": NO_DECODER,
+    "rssm_midfirst": NO_DECODER,
+    "rssm_nograd": NO_DECODER | {"grad_heads": ["cont"]},
+    "rssm_freebits": NO_DECODER | {"kl_free": 12.0},
+}
+# Where the name of a variant does not say it: the kind of its batch, of its weights, and the noise.
+BATCHES = {"peaked_midfirst": "types_midfirst"}
 STATES = {"argmax_onehot": "argmax_onehot", "argmax_mixed": "argmax_mixed"}
+STATES |= {"dreamer_onehot": "onehot", "dreamer_mixed": "mixed"}
 NOISE = {"argmax_noise": 0.9, "argmax_both": 0.9, "argmax_reinforce": 1.1}
 
 
+class Origin(NamedTuple):
+    """What differs between the two repositories: options, files and the layout of a recording."""
+
+    repository: str
+    options: dict
+    variants: dict[str, dict]
+    formula_variants: dict[str, dict]
+    prefix: str  # of file names
+    updates: int
+    described: tuple[int, ...]  # updates whose parameter changes are recorded
+    range_name: str
+    repeats_tensors: bool  # in the state that is saved
+
+
+ORIGINS = {
+    "hrssm": Origin(
+        repository="bit1029public/HRSSM",
+        options=HRSSM,
+        variants=HRSSM_VARIANTS,
+        formula_variants={
+            "hrssm": {},
+            "hrssm_nomlr_nosimsr": {"nomlr": True, "nosimsr": True},
+            "hrssm_onehot": DISCRETE,
+        },
+        prefix="oracle_",
+        updates=UPDATES,
+        described=(0, UPDATES - 1),
+        range_name="reward_ema",
+        repeats_tensors=True,
+    ),
+    "dreamer": Origin(
+        repository="NM512/dreamerv3-torch",
+        options=DREAMER,
+        variants=DREAMER_VARIANTS,
+        # Vectors beside pictures; a floor of the KL below which about half of its elements are.
+        formula_variants={"dreamer": DREAMER_VARIANTS["dreamer_mixed"], "rssm": NO_DECODER | {"kl_free": 4.5}},
+        prefix="",
+        updates=3,
+        described=(0, 1, 2),
+        range_name="return_range",
+        repeats_tensors=False,
+    ),
+}
+
+
 def import_upstream(root):
-    """Upstream's script as a module, imported from the checkout `root`."""
+    """The original's script as a module, imported from the checkout `root`."""
     if not (root / "dreamer.py").is_file() or not (root / "configs.yaml").is_file():
         sys.exit(f"error: {root} is not a checkout of upstream: pass --upstream the folder that holds its dreamer.py")
     for name in ("kornia.augmentation", "kornia.filters", "imageio", "gym", "ruamel.yaml", "numpy.core.shape_base"):
@@ -93,21 +179,42 @@ def import_upstream(root):
     return importlib.import_module("dreamer")
 
 
-def make_config(root, options):
-    """All options of a run: upstream's defaults and `dmc_vision`, the small sizes, then those of the variant."""
+def read_presets(root):
+    """The presets of the checkout's configuration file."""
 
     class Loader(yaml.SafeLoader):
         """With YAML 1.2 numbers, as upstream's parser: 1e6 is a float."""
 
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    presets = yaml.load((root / "configs.yaml").read_text(), Loader)
+    return yaml.load((root / "configs.yaml").read_text(), Loader)
+
+
+class Checkout(NamedTuple):
+    """An original that can be run."""
+
+    script: object  # its dreamer.py as a module
+    presets: dict
+    origin: Origin
+    source: str
+
+
+def open_checkout(root):
+    """Import the checkout `root` and recognise which of the two repositories it is."""
+    script, presets = import_upstream(root), read_presets(root)
+    origin = ORIGINS["hrssm" if "mask_ratio" in presets["defaults"] else "dreamer"]
+    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return Checkout(script, presets, origin, f"{origin.repository} {commit or 'of unknown commit'}")
+
+
+def make_config(presets, *changes):
+    """All options of a run: the original's defaults and `dmc_vision`, then the changes in order."""
 
     def merge(base, update):
         nested = {k: merge(base[k], v) for k, v in update.items() if isinstance(v, dict)}
         return base | update | nested
 
-    return functools.reduce(merge, (presets["dmc_vision"], SMALL, SCRIPT_OPTIONS, options), presets["defaults"])
+    return functools.reduce(merge, (presets["dmc_vision"], *changes), presets["defaults"])
 
 
 def generic_state(agent, seed=1):
@@ -119,6 +226,11 @@ def generic_state(agent, seed=1):
         scale = 0.1 if param.dim() == 1 else 0.2 * param.std().item() or 0.15
         param.data += scale * torch.randn(param.shape, generator=generator)
     return agent.state_dict()
+
+
+def named_once(agent):
+    """The parameters under the first of their names."""
+    return {name: param.detach().clone() for name, param in agent.named_parameters()}
 
 
 def plain_batch(seed=2):
@@ -253,30 +365,39 @@ def describe(value, start):
     return {"value": checksum(value), "delta": checksum(delta), "head": head, "dhead": dhead}
 
 
-def run(make_agent, chance, state, batch, grids, dtype):
-    """Five updates of upstream from `state`. Returns the results in one precision and the draws that were made."""
-    draws, updates = [], []
+def run(make_agent, origin, chance, state, batch, grids, dtype, updates, start_range=RETURN_RANGE):
+    """Updates of the original from `state`. Returns the results in one precision and the draws that were made."""
+    draws, rows = [], []
     with precision(dtype), watched_chance(*chance, draws):
         agent = make_agent(batch)
-        agent.load_state_dict(state)
-        agent._task_behavior.reward_ema.values = torch.tensor(RETURN_RANGE)
         params = dict(agent.named_parameters())
+        unknown = agent.load_state_dict(state, strict=False).unexpected_keys
+        if unknown or params.keys() - state.keys():
+            sys.exit("error: the weights do not fit: delete those in --out, or leave --data out")
+        agent._task_behavior.reward_ema.values = torch.tensor(start_range)
         names = {id(param): name for name, param in params.items()}
         start = {name: param.detach().double().flatten().clone() for name, param in params.items()}
         policy_before = evaluate(agent, batch)
-        for update in range(UPDATES):
+        for update in range(updates):
             if grids is not None:
                 # Height and width exchanged, as in the output of upstream's masker (T, 1, 64, 64): it swaps them later.
                 cell = 6 * torch.arange(64) // 64
                 mask = grids[update][:, cell][:, :, cell].mT.repeat_interleave(BLOCK, 0)[:, None].float()
                 agent._wm.MBR.masker = lambda mask=mask: mask
             metrics, norms = train_once(agent, batch, names)
-            reward_ema = agent._task_behavior.reward_ema.values.tolist()
-            updates.append({"metrics": metrics, "grad_norms": norms, "reward_ema": reward_ema})
-            if update in (0, UPDATES - 1):
-                updates[-1]["params"] = {name: describe(param, start[name]) for name, param in params.items()}
-        result = {"updates": updates, "policy_before": policy_before, "policy_after": evaluate(agent, batch)}
+            return_range = agent._task_behavior.reward_ema.values.tolist()
+            rows.append({"metrics": metrics, "grad_norms": norms, origin.range_name: return_range})
+            if update in origin.described:
+                rows[-1]["params"] = {name: describe(param, start[name]) for name, param in params.items()}
+        result = {"updates": rows, "policy_before": policy_before, "policy_after": evaluate(agent, batch)}
     return result | {"no_grad_params": sorted(set(params) - set(norms))}, draws
+
+
+def reliability(draws32, draws64):
+    """Number of draws, smallest lead in nats of the class drawn, and if both precisions drew the same."""
+    same = all(torch.equal(a, b) for (a, _), (b, _) in zip(draws32, draws64, strict=True))
+    gap = min(gap for draws in (draws32, draws64) for _, gap in draws)
+    return {"draws": sum(index.numel() for index, _ in draws64), "min_gap_nats": gap, "same_draws_f32_f64": same}
 
 
 def compare(ours, theirs):
@@ -291,13 +412,24 @@ def compare(ours, theirs):
     for a, b in zip(ours["updates"], theirs["updates"], strict=True):
         note("metrics", a["metrics"], b["metrics"], floor=0.01)
         note("grad_norms", a["grad_norms"], b["grad_norms"])
-        if "params" in a:
+        if "params" in a and "params" in b:
             note("change_norms", *({k: p["delta"]["l2"] for k, p in x["params"].items()} for x in (a, b)))
             change = [(a["params"][k]["dhead"] - p["dhead"]).abs().max().item() for k, p in b["params"].items()]
             worst["change"] = max(worst["change"], *change)
     for when in ("policy_before", "policy_after"):
         worst["action"] = max(worst["action"], (ours[when]["action"] - theirs[when]["action"]).abs().max().item())
     return worst
+
+
+def report(name, reliable, pairs):
+    """Print how certain the draws are, and the largest differences of pairs of results."""
+    print(
+        f"{name}: {reliable['draws']} draws, smallest lead {reliable['min_gap_nats']:.1e} nats, "
+        f"same draws in f32 and f64: {reliable['same_draws_f32_f64']}",
+        file=sys.stderr,
+    )
+    for label, *pair in pairs:
+        print(f"  {label}:", *(f"{key} {value:.0e}" for key, value in compare(*pair).items()), file=sys.stderr)
 
 
 def read(folder, name):
@@ -310,76 +442,116 @@ def read(folder, name):
         sys.exit(f"error: cannot read {folder / name} ({type(error).__name__}): delete it or leave its folder out")
 
 
-def record(upstream, root, name, out, data):
+def record(checkout, name, out, data):
     """Record one variant into `out`; print how it agrees between the two precisions and with `data`."""
-    config = make_config(root, VARIANTS[name])
-    family, noise = name.split("_")[0], NOISE.get(name, 0.0)
-    batch_kind, state_kind = BATCHES.get(name, "types" if family == "peaked" else "plain"), STATES.get(name, family)
-    make_agent = functools.partial(build_agent, upstream, config)
+    origin = checkout.origin
+    config = make_config(checkout.presets, SMALL, origin.options, origin.variants[name])
+    family, kind = name.split("_")
+    noise = NOISE.get(name, 0.0) if family in ("argmax", "peaked") else 0.9
+    plain = "types" if family == "peaked" else "plain"
+    batch_kind = BATCHES.get(name, kind if kind in ("midfirst", "mixed", "onehot", "rms") else plain)
+    state_kind = STATES.get(name, {"dreamer": "image", "rssm": "nodecoder"}.get(family, family))
+    batch_file, state_file = f"{origin.prefix}batch_{batch_kind}.pt", f"{origin.prefix}state_{state_kind}.pt"
+    make_agent = functools.partial(build_agent, checkout.script, config)
 
-    def get(what, kind):
-        file = f"oracle_{what}_{kind}.pt"
+    def get(file, make):
         value = read(data, file) or read(out, file)
-        if value is None and kind in ("peaked", "types"):
+        if value is None and family == "peaked":
             sys.exit(f"error: {name} needs {file}, which is not made here: pass --data the folder that holds it")
-        if value is None and what == "state":
-            value = generic_state(make_agent(get("batch", batch_kind)))
-        elif value is None:
-            base = "types" if kind.startswith("types") else "plain"
-            value = plain_batch() if kind == "plain" else changed_batch(kind, get("batch", base))
+        value = value or make()
         torch.save(value, out / file)
         return value
 
-    batch, state, given = get("batch", batch_kind), get("state", state_kind), read(data, f"oracle_{name}.pt")
+    def make_batch():
+        base = get(f"{origin.prefix}batch_plain.pt", plain_batch)
+        return base if batch_kind == "plain" else changed_batch(batch_kind, base)
+
+    def make_state():
+        agent = make_agent(batch)
+        state = generic_state(agent)
+        return state if origin.repeats_tensors else named_once(agent)
+
+    batch = get(batch_file, make_batch)
+    state, given = get(state_file, make_state), read(data, f"{origin.prefix}{name}.pt")
     if given and given["config"] != config:
         sys.exit(f"error: {name} in {data} was recorded with another configuration: leave --data out")
     grids = None
-    if config["mask_ratio"] == 0.5:
+    if config.get("mask_ratio") == 0.5:
         recorded = given or read(data, "oracle_argmax_default.pt")
         grids = recorded["mask_grids"] if recorded else generic_grids()
-    chance = (family == "argmax", noise)
-    f32, draws32 = run(make_agent, chance, state, batch, grids, torch.float32)
-    f64, draws64 = run(make_agent, chance, state, batch, grids, torch.float64)
-    same = all(torch.equal(a, b) for (a, _), (b, _) in zip(draws32, draws64, strict=True))
-    gap, count = min(gap for _, gap in draws64), sum(index.numel() for index, _ in draws64)
+    one_run = functools.partial(
+        run, make_agent, origin, (family != "peaked", noise), state, batch, grids, updates=origin.updates
+    )
+    (f32, draws32), (f64, draws64) = one_run(dtype=torch.float32), one_run(dtype=torch.float64)
+    reliable = reliability(draws32, draws64)
     # fmt: off
     result = {
-        "variant": name, "family": family, "config": config, "noise": noise,
-        "reward_ema_init": RETURN_RANGE, "f32": f32, "f64": f64, "mask_grids": grids,
-        "batch_file": f"oracle_batch_{batch_kind}.pt", "state_file": f"oracle_state_{state_kind}.pt",
-        "reliability": {"draws": count, "min_gap_nats_f64": gap, "same_draws_f32_f64": same},
+        "variant": name, "family": family, "config": config, "noise": noise, "source": checkout.source,
+        f"{origin.range_name}_init": RETURN_RANGE, "f32": f32, "f64": f64, "mask_grids": grids,
+        "batch_file": batch_file, "state_file": state_file, "reliability": reliable,
     }
     # fmt: on
-    torch.save(result, out / f"oracle_{name}.pt")
-    print(f"{name}: {count} draws, smallest lead {gap:.1e} nats, same draws in f32 and f64: {same}", file=sys.stderr)
+    torch.save(result, out / f"{origin.prefix}{name}.pt")
     pairs = [("f32 vs f64", f32, f64)]
     pairs += [(f"{key} vs given", result[key], given[key]) for key in ("f32", "f64") if given]
-    for label, *pair in pairs:
-        print(f"  {label}:", *(f"{key} {value:.0e}" for key, value in compare(*pair).items()), file=sys.stderr)
+    report(name, reliable, pairs)
+
+
+def record_by_formula(checkout, name, out):
+    """Record one variant with weights, batch and masks by formula."""
+    origin = checkout.origin._replace(range_name="return_range", described=range(formula.UPDATES))
+    config = make_config(checkout.presets, SMALL, origin.options, SMALLER, origin.formula_variants[name])
+    make_agent = functools.partial(build_agent, checkout.script, config)
+    vectors = VECTORS if config["encoder"]["mlp_keys"] != "$^" else {}
+    batch = formula.batch(config["num_actions"], config["actor_dist"] == "onehot", vectors)
+    shapes = {key: list(param.shape) for key, param in make_agent(batch).named_parameters()}
+    state = {key: formula.weight(key, shape) for key, shape in shapes.items()}
+    grids, chance = formula.grids() if "mask_ratio" in config else None, (True, formula.NOISE)
+    return_range = formula.RETURN_RANGES.get(name, formula.RETURN_RANGE)
+    one_run = functools.partial(
+        run, make_agent, origin, chance, state, batch, grids, updates=formula.UPDATES, start_range=return_range
+    )
+    (f32, draws32), (f64, draws64) = one_run(dtype=torch.float32), one_run(dtype=torch.float64)
+    # fmt: off
+    about = {
+        "variant": name, "method": name.split("_")[0], "source": checkout.source, "config": config, "vectors": vectors,
+        "return_range_init": return_range, "shapes": shapes, "reliability": reliability(draws32, draws64),
+    }
+    # fmt: on
+    formula.write(out / f"{name}.npz", about, {"f64": f64, "f32": f32})
+    report(name, about["reliability"], [("f32 vs f64", f32, f64)])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--upstream", type=Path, required=True, help="checkout of upstream")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the recordings; made when missing")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all, or the argmax ones without --data")
+    parser.add_argument("--upstream", type=Path, required=True, help="checkout of HRSSM or of dreamerv3-torch")
+    parser.add_argument("--out", type=Path, help="folder for the recordings; made when missing")
+    parser.add_argument("--formula", action="store_true", help="make the recordings that are in the repository")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all; peaked ones only with --data")
     parser.add_argument("--data", type=Path, help="folder with states, batches and results recorded before")
     args = parser.parse_args()
-    variants = args.variants or [name for name in VARIANTS if args.data or name.startswith("argmax")]
-    if unknown := sorted(set(variants) - set(VARIANTS)):
-        sys.exit(f"error: unknown variant {unknown[0]}: choose from {' '.join(VARIANTS)}")
+    if args.formula and args.data:
+        sys.exit("error: --formula needs no --data")
+    out = args.out or (RECORDED if args.formula else sys.exit("error: pass --out the folder for the recordings"))
     if args.data and not args.data.is_dir():
         sys.exit(f"error: --data {args.data} is not a folder")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"error: cannot make the output folder: {error}")
     warnings.simplefilter("ignore")
-    # Upstream prints its layer shapes and reward range; the report goes to stderr.
+    # The originals print their layer shapes and reward range; the report goes to stderr.
     with contextlib.redirect_stdout(io.StringIO()):
-        upstream = import_upstream(args.upstream.resolve())
+        checkout = open_checkout(args.upstream.resolve())
+        known = checkout.origin.formula_variants if args.formula else checkout.origin.variants
+        variants = args.variants or [name for name in known if args.data or not name.startswith("peaked")]
+        if unknown := sorted(set(variants) - set(known)):
+            sys.exit(f"error: unknown variant {unknown[0]}: choose from {' '.join(known)}")
         for name in variants:
-            record(upstream, args.upstream, name, args.out, args.data)
+            if args.formula:
+                record_by_formula(checkout, name, out)
+            else:
+                record(checkout, name, out, args.data)
 
 
 if __name__ == "__main__":

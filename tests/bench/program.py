@@ -1,6 +1,6 @@
 """Ours or upstream's program for `bench.py`, in a process of its own because the two share their modules' names.
 
-    python tests/bench_program.py CODE UPSTREAM CONFIG        CODE: ours | upstream; CONFIG: resolved options as JSON
+    python tests/bench/program.py CODE UPSTREAM CONFIG        CODE: ours | upstream; CONFIG: resolved options as JSON
 
 Reads the name of a part per line, runs it once and answers with a JSON line of milliseconds by name. As the part "loop"
 it trains, and goes on for some steps with every line.
@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ACTIONS, EPISODE = 6, 250
 
 
@@ -121,11 +121,11 @@ def theirs(config, root: Path) -> dict:
     gym.spaces, gym.Env = gymnasium.spaces, object
     sys.modules["gym"] = gym
     sys.path.insert(0, str(ROOT / "tests"))
-    import record_upstream
-    from upstream_envs import Wrapper
+    from upstream.envs import Wrapper
+    from upstream.record import import_upstream
 
     gym.Wrapper = Wrapper
-    upstream = record_upstream.import_upstream(root)
+    upstream = import_upstream(root)
     config.compile = config.video_pred_log = config.parallel = False  # its defaults
     config.size = tuple(config.size)
     times = {}

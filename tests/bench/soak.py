@@ -1,7 +1,7 @@
 """Kill training again and again, and check after every kill that nothing was lost. Prints a table; not a test.
 
-python tests/soak.py run [--minutes 30]          trains `tiny` on cartpole; kills it and its workers at random
-python tests/soak.py kill-points [--count 1000]  kills runs that save all the time, at random moments
+python tests/bench/soak.py run [--minutes 30]          trains `tiny` on cartpole; kills it and its workers at random
+python tests/bench/soak.py kill-points [--count 1000]  kills runs that save all the time, at random moments
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SMALL = (
     "--dyn_deter 24 --dyn_hidden 24 --dyn_stoch 4 --dyn_discrete 4 --units 24 --dyn_cont_stoch_size 8 --batch_size 2"
@@ -31,7 +31,7 @@ SMALL += " --actor_start 2"
 TRAIN = "--configs tiny --task dmc_cartpole_balance --envs 2 --steps 100000000 --time_limit 200 --prefill 100"
 TRAIN += " --eval_every 1200 --eval_episode_num 2 --log_every 200 --save_every 0.25 --train_ratio 4 --dataset_size 2000"
 TRAIN += f" --worker_timeout 40 {SMALL}"
-DOT = "--configs tiny --task gym_tests.soak:Dot-v0 --envs 2 --parallel False --size 16,16 --patch_size 4"
+DOT = "--configs tiny --task gym_tests.bench.soak:Dot-v0 --envs 2 --parallel False --size 16,16 --patch_size 4"
 DOT += " --encoder.minres 2 --steps 400 --time_limit 32 --prefill 20 --eval_every 100 --eval_episode_num 1"
 DOT += " --log_every 20 --train_ratio 8"
 DOT += f" --save_every 1e-9 {SMALL}"
@@ -61,7 +61,7 @@ class Dot(gymnasium.Env):
         return np.full((16, 16, 3), self.steps, np.uint8)
 
 
-if __name__ != "__main__":  # `gym_tests.soak:Dot-v0` imports this file by its name
+if __name__ != "__main__":  # `gym_tests.bench.soak:Dot-v0` imports this file by its name
     gymnasium.register("Dot-v0", Dot)
 
 
@@ -230,7 +230,7 @@ def kill_points(args) -> int:
     torch.set_num_threads(1)
     random.seed(args.seed)
     folder = Path(tempfile.mkdtemp())
-    dreamer.envs.prepare("gym_tests.soak:Dot-v0")  # tries how rendering works, once for all
+    dreamer.envs.prepare("gym_tests.bench.soak:Dot-v0")  # tries how rendering works, once for all
     loads, resumed, finished, problems, furthest, phases = 0, 0, 0, [], 0, {}
     number, before, reported = 0, 0, 0
     with contextlib.redirect_stderr(io.StringIO()) as complaints:

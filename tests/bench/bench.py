@@ -1,14 +1,14 @@
 """Measure what this machine makes of the code. Prints medians and ratios; tests nothing.
 
-    python tests/bench.py update [--preset tiny]      an update and its parts, acting, drawing a batch, peak memory
-    python tests/bench.py loop [--preset tiny]        wall-clock time of the whole training loop per policy step
-    python tests/bench.py scaling                     time of an update against batch size and length
-    python tests/bench.py envs                        per-step cost of every DMC variant
-    python tests/bench.py memory                      memory of four worker processes over twenty episodes
+    python tests/bench/bench.py update [--preset tiny]  an update and its parts, acting, drawing a batch, peak memory
+    python tests/bench/bench.py loop [--preset tiny]    wall-clock time of the whole training loop per policy step
+    python tests/bench/bench.py scaling                 time of an update against batch size and length
+    python tests/bench/bench.py envs                    per-step cost of every DMC variant
+    python tests/bench/bench.py memory                  memory of four worker processes over twenty episodes
 
 With `--upstream HRSSM`, a checkout of github.com/bit1029public/HRSSM, its implementation takes turns with ours and
 ratios are printed (`envs` then needs xmltodict). `envs` and `memory` need asset sets: `python setup/download.py demo`
-makes some. Other options go to the configuration: `python tests/bench.py update --device cuda --compile off`.
+makes some. Other options go to the configuration: `python tests/bench/bench.py update --device cuda --compile off`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import envs
 import tools
 from envs import assets, dmc
@@ -89,7 +89,7 @@ def theirs(module, variant: str):
 def bench_envs(args) -> None:
     module = None
     if args.upstream:
-        from tests import upstream_envs
+        from tests.upstream import envs as upstream_envs
 
         dmc.check_rendering()
         module = upstream_envs.load(args.upstream)
@@ -119,13 +119,13 @@ def bench_envs(args) -> None:
 
 
 class Program:
-    """A process that runs `bench_program.py`."""
+    """A process that runs `program.py`."""
 
     def __init__(self, code: str, upstream: str, options: list[str], **settings):
         config = vars(tools.load_config(options)) | settings
         command = [
             sys.executable,
-            str(Path(__file__).with_name("bench_program.py")),
+            str(Path(__file__).with_name("program.py")),
             code,
             upstream,
             json.dumps(config),
