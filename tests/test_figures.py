@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dreamer
 import tools
 from figures import grid, plot, report
 
@@ -129,6 +130,12 @@ def test_methods_have_names_and_options_of_their_own(tmp_path, capsys):
         "HRSSM without latent reconstruction, mask ratio 0.3",
     ]
     assert capsys.readouterr().err == ""
+
+
+def test_every_method_has_a_display_name_and_a_name_in_sweep():
+    assert plot.METHODS.keys() == dreamer.METHODS.keys()
+    sweep = (tools.ROOT / "setup/sweep.sh").read_text()
+    assert f"{' | '.join(plot.METHODS)})" in sweep and f"{', '.join(plot.METHODS)} " in sweep
 
 
 def test_unequal_settings_of_two_methods_cost_a_warning(tmp_path, capsys):
