@@ -388,8 +388,9 @@ def test_evaluate_only(trained):
 def test_open_loop_of_a_finished_run(trained, tmp_path, capsys):
     before = (trained / "latest.pt").read_bytes()
     assert openloop.main([str(trained), "--updates", "3", "--out", str(tmp_path / "o.png")]) == 0, capsys.readouterr()
-    # Every fifth of 20 rows; truth, model and error of 32 x 32 pixels
-    assert Image.open(tmp_path / "o.png").size == (4 * 32, 3 * 32) and (tmp_path / "o.mp4").exists()
+    # Every fifth of 20 rows; truth, model and error of 32 x 32 pixels, enlarged four times and labelled
+    width, height = Image.open(tmp_path / "o.png").size
+    assert 4 * 128 < width < 5 * 128 and 3 * 128 < height < 4 * 128 and (tmp_path / "o.mp4").exists()
     assert (trained / "latest.pt").read_bytes() == before
     assert openloop.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err
 
