@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-import yaml
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,8 +43,8 @@ from matplotlib import pyplot as plt
 RESAMPLINGS = 2000
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 # Options that say nothing about the method.
-NO_METHOD = f"{tools.MAY_CHANGE}|seed|task|shared_env_seed|resource_files|scene_files|ds_resource_path"
-NO_METHOD += "|video_pred_log|decoder"
+NO_METHOD = {"seed", "task", "shared_env_seed", "resource_files", "scene_files", "ds_resource_path"}
+NO_METHOD |= {"video_pred_log", "decoder"}
 
 
 class Run(NamedTuple):
@@ -102,7 +101,8 @@ def read_runs(paths: Sequence[str], *, metric: str = "eval/return", method: str 
 
     The method of a run is `method` with the options that set it apart. Raises UserError if no run is left.
     """
-    defaults = tools.flatten(yaml.safe_load((tools.ROOT / "configs.yaml").read_text())["defaults"])
+    options, _ = tools.read_options()
+    defaults = {key: option.default for key, option in options.items()}
     runs = []
     for logdir in find_runs(paths):
         try:
@@ -119,7 +119,7 @@ def read_runs(paths: Sequence[str], *, metric: str = "eval/return", method: str 
         runs.append(Run(config["task"], "", config["seed"], steps, values, logdir, config))
     if not runs:
         raise tools.UserError(f"nothing to plot: no run with {metric} in {' '.join(map(str, paths))}")
-    differing = [key for key in defaults if differs(key, runs)]
+    differing = [key for key, option in options.items() if not option.may_change and differs(key, runs)]
     settings = [describe(run.config, differing) for run in runs]
     names = {tuple(options): " ".join([method, *options]) for options in sorted(settings)}
     if len(max(settings, key=len)) > 3:
@@ -134,7 +134,7 @@ def read_runs(paths: Sequence[str], *, metric: str = "eval/return", method: str 
 
 def differs(key: str, runs: list[Run]) -> bool:
     """Whether an option tells runs of the same task apart and says something about the method."""
-    if re.fullmatch(NO_METHOD, key.split(".")[0]):
+    if key.split(".")[0] in NO_METHOD:
         return False
     values = {(run.task, json.dumps(run.config[key])) for run in runs}
     return len(values) > len({run.task for run in runs})

@@ -21,7 +21,6 @@ import copy
 import functools
 import importlib
 import io
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -30,7 +29,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-import yaml
+from ruamel.yaml import YAML
 
 BATCH, TIME, BLOCK, UPDATES = 4, 16, 4, 5
 RETURN_RANGE = (-0.4, 1.9)
@@ -83,7 +82,7 @@ def import_upstream(root):
     """Upstream's script as a module, imported from the checkout `root`."""
     if not (root / "dreamer.py").is_file() or not (root / "configs.yaml").is_file():
         sys.exit(f"error: {root} is not a checkout of upstream: pass --upstream the folder that holds its dreamer.py")
-    for name in ("kornia.augmentation", "kornia.filters", "imageio", "gym", "ruamel.yaml", "numpy.core.shape_base"):
+    for name in ("kornia.augmentation", "kornia.filters", "imageio", "gym", "numpy.core.shape_base"):
         try:
             importlib.import_module(name)
         except ImportError:
@@ -95,13 +94,7 @@ def import_upstream(root):
 
 def make_config(root, options):
     """All options of a run: upstream's defaults and `dmc_vision`, the small sizes, then those of the variant."""
-
-    class Loader(yaml.SafeLoader):
-        """With YAML 1.2 numbers, as upstream's parser: 1e6 is a float."""
-
-    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    presets = yaml.load((root / "configs.yaml").read_text(), Loader)
+    presets = YAML(typ="safe").load(root / "configs.yaml")
 
     def merge(base, update):
         nested = {k: merge(base[k], v) for k, v in update.items() if isinstance(v, dict)}

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import yaml
 
 import tools
 from setup import download
@@ -61,14 +60,14 @@ def test_set_up_commands_stand_on_the_first_screen():
 
 
 def test_options_presets_and_files_exist():
-    blocks = yaml.safe_load((ROOT / "configs.yaml").read_text())
-    options = tools.flatten(blocks["defaults"]).keys() | {"configs", "help", "upstream", "out", "from"}
+    defaults, blocks = tools.read_options()
+    options = defaults.keys() | {"configs", "help", "upstream", "out", "from"}
     options |= {"array", "minutes", "nproc_per_node"}
     scripts = "".join(path.read_text() for path in [ROOT / "setup/sweep.sh", *(ROOT / "figures").glob("*.py")])
     options |= set(re.findall(r"--(\w+)", scripts))
     assert {name for name in re.findall(r"--([\w.]+)", README) if name not in options} == set()
     presets = re.findall(r"^\| `(\w+)` \| .*\|$", README.split("| preset | for |")[1].split("\n\n")[0], re.MULTILINE)
-    assert set(presets) == blocks.keys() - {"defaults"}
+    assert set(presets) == blocks.keys()
     files = re.findall(r"\]\(((?:figures|envs|setup)/[^)]+)\)", README) + re.findall(r"`(\w+\.py)`", README)
     files.remove("my_env.py")  # the user's
     assert [file for file in files if not (ROOT / file).exists() and not (ROOT / "tests" / file).exists()] == []
