@@ -5,6 +5,7 @@ import copy
 import ctypes
 import difflib
 import fcntl
+import functools
 import importlib.metadata
 import inspect
 import io
@@ -25,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +36,9 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.utils._pytree as pytree
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -103,35 +106,79 @@ def lock(folder: Path) -> int:
 # --- configuration --------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
+CONFIGS = ROOT / "configs.yaml"
 PACKAGES = ("torch", "numpy", "mujoco", "dm_control", "gymnasium")
 
-# Options with few values: a regular expression for the whole value.
-CHOICES = {
-    "actor_dist": "normal|normal_1|trunc_normal|onehot",
-    "compile": "auto|inductor|off|True|False",
-    "device": r"auto|cpu|cuda|cuda:\d+",
-    "disag_target": "stoch|deter|feat|embed",
-    "dyn_cell": "gru_layer_norm|gru",
-    "dyn_mean_act": "none|tanh5",
-    "dyn_std_act": "sigmoid2|sigmoid|softplus|abs",
-    "expl_behavior": "greedy|random|plan2explore",
-    "imag_gradient": "dynamics|reinforce|both",
-    "img_source": "video|images|color|noise",
-    "initial": "learned|zeros",
-    "method": "hrssm|dreamer|rssm|repo|r2dreamer|infonce",
-    "on_nan": "stop|skip",
-    "opt": "adam|adamax|nadam|sgd|momentum",
-    "precision": "32|16",
-    "reward_head": "symlog_disc|normal",
-    "value_head": "symlog_disc|normal",
-}
+# The notes of configs.yaml that are not allowed values, and what --help prints of them.
+NOTES = {"resume": "may change on resume", "no effect": "no effect", "regex": "", "column": "", "2 items": ""}
 
-# Options that a resumed run may change: they do not alter what has been learnt so far.
-MAY_CHANGE = (
-    "compile|dataset_size|debug|deterministic_run|device|eval_every|eval_episode_num|eval_noise|eval_only|eval_task"
-    "|evaldir|expl_gifs|init_from|log_every|logdir|offline_evaldir|offline_traindir|on_nan|overlap|parallel|profile"
-    "|post_mlr|robustness_every|save_every|simple_log|steps|threads|traindir|videodir|worker_timeout"
-)
+
+class Option(NamedTuple):
+    """What configs.yaml says about an option. Its header explains the notes in brackets."""
+
+    default: object
+    section: str
+    comment: str
+    notes: list[str]
+
+    @property
+    def allowed(self) -> list[str]:
+        """Words, numbers and ranges; empty if any value will do."""
+        return [value for note in self.notes if note not in NOTES for value in note.split("|")]
+
+    @property
+    def may_change(self) -> bool:
+        """Whether a resumed run may change it, since it does not alter what has been learnt so far."""
+        return not {"resume", "no effect"}.isdisjoint(self.notes)
+
+
+class Preset(NamedTuple):
+    comment: str
+    values: dict
+
+
+def read_options(path: Path = CONFIGS) -> tuple[dict[str, Option], dict[str, Preset]]:
+    """Options by dotted name, and presets, of a configuration file; shared, not to be changed. Raises UserError."""
+    try:
+        return _read_options(path.read_text())
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"{path}, line {line}: {' '.join(str(error.problem).split())}") from error
+
+
+@functools.cache
+def _read_options(text: str) -> tuple[dict[str, Option], dict[str, Preset]]:
+    blocks = YAML().load(text)  # round trip: keeps comments, and makes nothing but plain data
+    options: dict[str, Option] = {}
+    section = ""
+
+    def comments(node: CommentedMap, key: str) -> list[str]:
+        """The comment beside a key, and those on the lines between it and the next key."""
+        token = node.ca.items.get(key, [None] * 3)[2]
+        return [line.strip().removeprefix("# ") for line in token.value.split("\n")] if token else [""]
+
+    def read(node: CommentedMap, prefix: str) -> None:
+        nonlocal section
+        for key, value in node.items():
+            comment, *headings = comments(node, key)
+            if isinstance(value, CommentedMap):
+                read(value, f"{prefix}{key}.")
+            else:
+                comment, bracket, rest = comment.partition("  [")
+                notes = rest.removesuffix("]").split("] [") if bracket else []
+                options[prefix + key] = Option(convert(value, value, key), section, comment, notes)
+            section = next(filter(None, reversed(headings)), section)
+
+    first = blocks["defaults"].ca.comment
+    section = first[1][-1].value.strip().removeprefix("# ") if first and first[1] else ""
+    read(blocks["defaults"], "")
+    names = [name for name in blocks if name != "defaults"]
+    return options, {name: Preset(comments(blocks, name)[0], flatten(blocks[name])) for name in names}
+
+
+def marked(note: str) -> list[str]:
+    """Names of the options with this note."""
+    return [key for key, option in read_options()[0].items() if note in option.notes]
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -199,8 +246,66 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else "--help lists what exists"
 
 
-def choices(key: str) -> str:
-    return CHOICES[key].replace("|", ", ").replace(r"\d+", "N")
+def split_range(text: str) -> tuple[str, str] | None:
+    """Ends of the range `low .. high`, "" where it has none; None if `text` is no range."""
+    low, dots, high = (part.strip() for part in text.partition(".."))
+    return (low, high) if dots else None
+
+
+def is_allowed(value, allowed: str, config: dict) -> bool:
+    """Whether `value` is a word, a number or in a range of the notes. Ends may be options of the flat `config`."""
+    ends = split_range(allowed)
+    if ends is None:
+        if isinstance(value, str):
+            return re.fullmatch(re.escape(allowed).replace(":N", r":\d+"), value) is not None
+        return value == float(allowed)
+    low, high = (end.lstrip("<>") for end in ends)
+    least, most = (float(config.get(end, end or math.nan)) for end in (low, high))
+    too_low = value <= least if ends[0].startswith(">") else value < least
+    too_high = value >= most if ends[1].startswith("<") else value > most
+    return not too_low and not too_high
+
+
+def describe_allowed(option: Option, config: dict | None = None) -> str:
+    """The allowed values in words; with `config` also the values of options that are ends of a range."""
+
+    def end(text: str) -> str:
+        name = text.lstrip("<>")
+        return f"{name} ({config[name]})" if config and name in config else name
+
+    def words(allowed: str) -> str:
+        ends = split_range(allowed)
+        if ends is None:
+            return allowed
+        low, high = ends
+        above, below = low.startswith(">"), high.startswith("<")
+        lower = f"{'above' if above else 'from'} {end(low)}" if low else ""
+        upper = f"{'up to' if above or not low else 'to'} {'below ' if below else ''}{end(high)}" if high else ""
+        return f"{lower} {upper}".strip()
+
+    ranges = sorted(filter(split_range, option.allowed))
+    others = [allowed for allowed in option.allowed if allowed not in ranges]
+    return " or ".join(filter(None, [*map(words, ranges), ", ".join(others)]))
+
+
+def check_value(name: str, value, option: Option, config: dict) -> None:
+    """Raise UserError if `value` of the option, which the user knows as `name`, is not what its notes allow."""
+    items = value if isinstance(value, list) else [value]
+    if "2 items" in option.notes and len(items) != 2:
+        raise UserError(f"{name} takes two values separated by a comma: {option.comment}")
+    for item in items:
+        if "regex" in option.notes:
+            try:
+                re.compile(item)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UserError(f"{name} takes a regular expression, not {item!r}: {error}") from None
+        if option.allowed and not any(is_allowed(item, allowed, config) for allowed in option.allowed):
+            kind = {int: "a whole number ", float: "a number "}.get(type(item), "")
+            kind = kind if any(map(split_range, option.allowed)) else ""
+            shown = repr(item).removesuffix(".0")
+            close = difflib.get_close_matches(str(item), option.allowed, 1) if isinstance(item, str) else []
+            hint = f": did you mean {close[0]}?" if close else ""
+            raise UserError(f"{name} takes {kind}{describe_allowed(option, config)}, not {shown}{hint}")
 
 
 def parse_flags(argv: list[str], defaults: dict) -> tuple[list[str], dict[str, str]]:
@@ -239,70 +344,58 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[list[str], dict[str, s
     return presets, flags
 
 
-def load_config(argv: list[str], path: Path = ROOT / "configs.yaml") -> SimpleNamespace:
+def load_config(argv: list[str], path: Path = CONFIGS) -> SimpleNamespace:
     """Defaults of `path`, presets of `--configs A B` in order, then flags; nested groups are plain dictionaries.
 
     Flags: `--key value`, `--key=value`, `--group.key value`, bare `--switch` for True. `--help` prints all and exits.
-    Raises UserError for unknown presets and options, values of a wrong type and values outside `CHOICES`.
+    Raises UserError for unknown presets and options, and for values of a wrong type or other than the notes of `path`
+    allow. Warns of flags without effect.
     """
-    text = path.read_text()
-    blocks = yaml.safe_load(text)
-    defaults = flatten(blocks["defaults"])
+    options, blocks = read_options(path)
     if not {"-h", "--help"}.isdisjoint(argv):
-        print(help_text(text, blocks, defaults))
+        print(help_text(options, blocks))
         sys.exit(0)
+    defaults = {key: option.default for key, option in options.items()}
     presets, flags = parse_flags(argv, defaults)
     config = copy.deepcopy(defaults)
+    names = {key: f"--{key}" for key in defaults}
 
     def update(key: str, value, name: str) -> None:
         if key not in defaults:
             raise UserError(f"unknown option {name}: {did_you_mean(key, defaults)}")
-        config[key] = convert(value, defaults[key], name)
-        if key in CHOICES and not re.fullmatch(CHOICES[key], str(config[key])):
-            hint = did_you_mean(str(value), CHOICES[key].split("|"))
-            raise UserError(f"{name} takes {choices(key)}, not {value!r}: {hint}")
+        config[key], names[key] = convert(value, defaults[key], name), name
 
     for preset in presets:
         if preset not in blocks:
-            known = [name for name in blocks if name != "defaults"]
-            raise UserError(f"unknown preset {preset}: there are {', '.join(known)}; {did_you_mean(preset, known)}")
-        for key, value in flatten(blocks[preset]).items():
+            raise UserError(f"unknown preset {preset}: there are {', '.join(blocks)}; {did_you_mean(preset, blocks)}")
+        for key, value in blocks[preset].values.items():
             update(key, value, f"{key} in preset {preset}")
     for key, value in flags.items():
         update(key, value, f"--{key}")
-    if len(config.get("size", [0, 0])) != 2:
-        raise UserError("--size takes height and width, for example --size 64,64")
+    for key in sorted(options, key=lambda key: key not in flags):  # what was just typed first
+        option = options[key]
+        check_value(names[key], config[key], option, config)
+        if key in flags and "no effect" in option.notes and config[key] != option.default:
+            warn(f"--{key} has no effect: it is accepted so that upstream's command lines run")
     return SimpleNamespace(**unflatten(config))
 
 
-def config_comments(text: str) -> dict[str, tuple[str, str]]:
-    """Dotted path -> (section, comment) of every key of a configuration file, `defaults.` and preset names included."""
-    comments, section, parents = {}, "", []
-    for line in text.splitlines():
-        if found := re.match(r"  # (.+)", line):
-            section = found[1]
-        elif found := re.match(r"( *)(\w+):.*?(?:\s+# (.+))?$", line):
-            parents = [*parents[: len(found[1]) // 2], found[2]]
-            comments[".".join(parents)] = (section, found[3] or "")
-    return comments
-
-
-def help_text(text: str, blocks: dict, defaults: dict) -> str:
-    comments, last = config_comments(text), ""
+def help_text(options: dict[str, Option], presets: dict[str, Preset]) -> str:
     lines = [
         "usage: python dreamer.py [--configs PRESET ...] [--key value ...]",
         "",
         "Presets (as many as wanted; later ones win)",
     ]
-    lines += [f"  {name:<22} {comments[name][1]}" for name in blocks if name != "defaults"]
-    for key, default in defaults.items():
-        section, comment = comments[f"defaults.{key}"]
-        if section != last:
-            lines, last = [*lines, "", section], section
+    lines += [f"  {name:<22} {preset.comment}" for name, preset in presets.items()]
+    section = ""
+    for key, (default, heading, comment, notes) in options.items():
+        if heading != section:
+            lines, section = [*lines, "", heading], heading
         kind = type(default).__name__ if default is not None else "str"
         shown = ",".join(map(str, default)) if isinstance(default, list) else default
-        allowed = f" ({choices(key)})" if key in CHOICES else ""
-        lines.append(f"  {f'--{key} {kind} = {shown}':<42} {comment}{allowed}")
+        remarks = [describe_allowed(options[key]), *(NOTES.get(note, "") for note in notes)]
+        remark = "; ".join(filter(None, remarks))
+        lines.append(f"  {f'--{key} {kind} = {shown}':<42} {comment}" + (f" ({remark})" if remark else ""))
     return "\n".join(lines)
 
 
@@ -365,11 +458,14 @@ def check_config(config: SimpleNamespace, logdir: Path) -> None:
     saved = read_config(logdir)
     if saved is None:
         return
-    old, new = flatten(saved["config"]), flatten(vars(config))
+    options, _ = read_options()
+    # Options that are younger than the run count as having been at their defaults.
+    old = {key: option.default for key, option in options.items()} | flatten(saved["config"])
+    new = flatten(vars(config))
     differences = [
         f"{key} was {old[key]!r}, now {new[key]!r}"
-        for key in new
-        if key in old and old[key] != new[key] and not re.fullmatch(MAY_CHANGE, key.split(".")[0])
+        for key, option in options.items()
+        if key in new and old[key] != new[key] and not option.may_change
     ]
     if differences:
         raise UserError(
@@ -1012,9 +1108,6 @@ def save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
         file.mux(stream.encode())
 
 
-FIRST_COLUMNS = ("task", "seed", "nomlr", "nosimsr", "mask_ratio")
-
-
 class Logger:
     """Averages metrics between writes: rows of `metrics.jsonl`, TensorBoard, a console line and a progress bar.
 
@@ -1172,8 +1265,9 @@ class Logger:
         # TensorBoard shows five columns at first: those that are marked as differing, then in alphabetical order.
         plugin = columns.value[0].metadata.plugin_data
         data = HParamsPluginData.FromString(plugin.content)
+        first = marked("column")
         for info in data.experiment.hparam_infos:
-            info.differs = info.name in FIRST_COLUMNS
+            info.differs = info.name in first
         plugin.content = data.SerializeToString()
         for summary in (columns, start):
             self.writer.file_writer.add_summary(summary)

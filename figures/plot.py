@@ -33,7 +33,6 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-import yaml
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,8 +57,8 @@ METHODS = {
     "infonce": "InfoNCE",
 }
 # Options that are not part of the method.
-NOT_METHOD = f"{tools.MAY_CHANGE}|method|seed|task|shared_env_seed|resource_files|scene_files|ds_resource_path"
-NOT_METHOD += "|video_pred_log"
+NOT_METHOD = {"method", "seed", "task", "shared_env_seed", "video_pred_log"}
+NOT_METHOD |= {"resource_files", "scene_files", "ds_resource_path"}
 
 
 class Run(NamedTuple):
@@ -117,8 +116,7 @@ def read_runs(paths: Sequence[str], *, metric: str = "eval/return", method: str 
 
     `method` is the display name of HRSSM itself. Raises UserError if no run is left.
     """
-    defaults = tools.flatten(yaml.safe_load((tools.ROOT / "configs.yaml").read_text())["defaults"])
-    defaults = {"method": "hrssm"} | defaults  # runs from before this option are HRSSM
+    defaults = {key: option.default for key, option in tools.read_options()[0].items()}
     runs = []
     for logdir in find_runs(paths):
         try:
@@ -163,8 +161,9 @@ def name_methods(runs: list[Run], names: dict[str, str]) -> list[Run]:
 
 def is_option_of(method: str, key: str) -> bool:
     """Whether a (dotted) option can be part of the method; the decoder is a probe in all methods but `dreamer`."""
-    group = key.split(".")[0]
-    return not re.fullmatch(NOT_METHOD, group) and (group != "decoder" or method == "dreamer")
+    group, option = key.split(".")[0], tools.read_options()[0].get(key)
+    may_change = option is not None and option.may_change
+    return group not in NOT_METHOD and not may_change and (group != "decoder" or method == "dreamer")
 
 
 def differs(key: str, runs: Sequence[Run]) -> bool:

@@ -105,9 +105,9 @@ def check_cache() -> Iterator[Line]:
 
 def check_replay() -> Iterator[Line]:
     """Space for a full replay of the default size, in memory and, for its saved copy, on the disk of this folder."""
-    import yaml
+    from ruamel.yaml import YAML
 
-    steps = int(yaml.safe_load((SETUP.parent / "configs.yaml").read_text())["defaults"]["dataset_size"])
+    steps = YAML(typ="safe").load(SETUP.parent / "configs.yaml")["defaults"]["dataset_size"]
     needed = steps * 64 * 64 * 3 / 2**30
     meminfo = Path("/proc/meminfo").read_text()
     memory = int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) / 2**20

@@ -48,9 +48,10 @@ make_venv() {
   echo "setup/run.sh: making $venv with $(command -v "$python") (some minutes, once)" >&2
   "$python" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    -r "$setup/requirements.txt" -r "$setup/requirements-dev.txt" -c "$setup/constraints.txt" >&2 &&
+    -r "$setup/requirements.txt" -r "$setup/requirements-dev.txt" -r "$setup/requirements-maniskill.txt" \
+    -c "$setup/constraints.txt" >&2 &&
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-      --no-deps -r "$setup/requirements-no-deps.txt" >&2 ||
+      --no-deps -r "$setup/requirements-no-deps.txt" -r "$setup/requirements-maniskill-no-deps.txt" >&2 ||
     die "installing the packages failed: see the message above, check the network, then run the same command again"
   [ ! -d "$venv"/lib/python*/site-packages/sapien ] || "$setup/vulkan/install.sh" "$venv" ||
     echo "setup/run.sh: no Vulkan for the rms_* and ms_* tasks, see above; the others do without" >&2

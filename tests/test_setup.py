@@ -6,13 +6,17 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from setup import doctor
 
 SETUP = Path(__file__).resolve().parents[1] / "setup"
+REQUIREMENTS = [*sorted(SETUP.glob("requirements*.txt")), SETUP / "constraints.txt"]
 SCRIPTS = [*sorted(SETUP.rglob("*.sh")), SETUP.parent / ".ci" / "run"]
 
 
@@ -26,8 +30,8 @@ def checkout(tmp_path):
     setup = tmp_path / "my checkout" / "setup"
     setup.mkdir(parents=True)
     shutil.copy(SETUP / "run.sh", setup)
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-no-deps.txt", "constraints.txt"):
-        (setup / name).touch()
+    for path in REQUIREMENTS:
+        (setup / path.name).touch()
     (setup / "install.sh").write_text("#!/bin/sh\n")
     (setup / "install.sh").chmod(0o755)
     return setup.parent
@@ -47,10 +51,32 @@ def test_scripts_parse_and_can_be_executed(script):
 
 
 def test_requirements_are_pinned():
-    for path in [*SETUP.glob("requirements*.txt"), SETUP / "constraints.txt"]:
+    pinned = []
+    for path in REQUIREMENTS:
         lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
         assert lines
         assert all("==" in line for line in lines), path
+        requirements = map(Requirement, lines)
+        pinned += [canonicalize_name(r.name) for r in requirements if not r.marker or r.marker.evaluate()]
+    assert len(pinned) == len(set(pinned)), "no version is stated twice"
+
+
+def test_pyproject_reads_the_lists_of_setup():
+    """Each list is a dependency or an extra, but for what pip cannot resolve; modules and extras are complete."""
+    project = tomllib.loads((SETUP.parent / "pyproject.toml").read_text())
+    dynamic = project["tool"]["setuptools"]["dynamic"]
+    extras = dynamic["optional-dependencies"]
+    assert set(extras) == {"dev", "maniskill"}
+    read = [file for entry in (dynamic["dependencies"], *extras.values()) for file in entry["file"]]
+    assert {f"setup/{path.name}" for path in REQUIREMENTS} - set(read) == {
+        "setup/constraints.txt",
+        "setup/requirements-maniskill-no-deps.txt",
+    }
+    assert len(read) == len(set(read)) and all((SETUP.parent / file).is_file() for file in read)
+    modules = [path.stem for path in SETUP.parent.glob("*.py")]
+    assert sorted(project["tool"]["setuptools"]["py-modules"]) == sorted(modules)
+    text = (SETUP / "run.sh").read_text()
+    assert all(f"$setup/{path.name}" in text for path in REQUIREMENTS)
 
 
 @pytest.mark.parametrize(

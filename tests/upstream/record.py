@@ -32,7 +32,6 @@ import copy
 import functools
 import importlib
 import io
-import re
 import subprocess
 import sys
 import warnings
@@ -43,7 +42,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-import yaml
+from ruamel.yaml import YAML
 
 if __name__ == "__main__":
     # Without this script's own folder, whose `envs.py` would hide the upstream folder `envs`.
@@ -169,7 +168,7 @@ def import_upstream(root):
     """The original's script as a module, imported from the checkout `root`."""
     if not (root / "dreamer.py").is_file() or not (root / "configs.yaml").is_file():
         sys.exit(f"error: {root} is not a checkout of upstream: pass --upstream the folder that holds its dreamer.py")
-    for name in ("kornia.augmentation", "kornia.filters", "imageio", "gym", "ruamel.yaml", "numpy.core.shape_base"):
+    for name in ("kornia.augmentation", "kornia.filters", "imageio", "gym", "numpy.core.shape_base"):
         try:
             importlib.import_module(name)
         except ImportError:
@@ -181,13 +180,7 @@ def import_upstream(root):
 
 def read_presets(root):
     """The presets of the checkout's configuration file."""
-
-    class Loader(yaml.SafeLoader):
-        """With YAML 1.2 numbers, as upstream's parser: 1e6 is a float."""
-
-    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    return yaml.load((root / "configs.yaml").read_text(), Loader)
+    return YAML(typ="safe").load(root / "configs.yaml")
 
 
 class Checkout(NamedTuple):
