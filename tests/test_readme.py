@@ -62,7 +62,7 @@ def test_set_up_commands_stand_on_the_first_screen():
 
 def test_options_presets_and_files_exist():
     blocks = yaml.safe_load((ROOT / "configs.yaml").read_text())
-    options = tools.flatten(blocks["defaults"]).keys() | {"configs", "help", "upstream", "out", "from"}
+    options = tools.flatten(blocks["defaults"]).keys() | {"configs", "help", "upstream", "out", "formula", "from"}
     options |= {"array", "minutes", "nproc_per_node"}
     scripts = "".join(path.read_text() for path in [ROOT / "setup/sweep.sh", *(ROOT / "figures").glob("*.py")])
     options |= set(re.findall(r"--(\w+)", scripts))
