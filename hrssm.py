@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tools
-from networks import RSSM, Encoder, State, draw_normal
+from networks import RSSM, Encoder, Representation, State, draw_normal, full, init_truncated
 
 # Rewards of these tasks are scaled inside the bisimulation loss so that their intended maximum is 2. The reward head
 # and the returns see raw rewards. Tasks not listed, `rms_pick_cube` included, are not scaled.
@@ -37,6 +37,7 @@ REWARD_MAX = {
 
 
 def bisimulation_reward_scale(task: str) -> float:
+    """Factor that `bisimulation_loss` applies to the rewards of `task`."""
     return 2.0 / REWARD_MAX.get(task, 2.0)
 
 
@@ -181,59 +182,80 @@ def bisimulation_loss(
 
 
 class Branches(NamedTuple):
-    """Outputs of both branches, all (B,T,*). Only the first three carry gradients."""
+    """`networks.Filtered` of both branches, all (B,T,*). Only the first four, of the mask branch, carry gradients."""
 
     embed: Tensor
     post: State
     prior: State
+    feat: Tensor
     raw_post: State
     raw_prior: State
+    raw_feat: Tensor
+
+    @property
+    def start(self) -> State:
+        """Imagination begins from what the raw branch makes of the clean frames."""
+        return self.raw_post
 
 
-@torch.no_grad()
-def ema_update(target: nn.Module, online: nn.Module, rate: float) -> None:
-    """target <- rate * online + (1 - rate) * target, over all parameters."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+class HybridRSSM(Representation):
+    """Mask branch and raw branch over one encoder and one RSSM, with the two losses that tie them.
 
-
-class HybridRSSM(nn.Module):
-    """Mask branch and raw branch over one encoder and one RSSM."""
+    Keywords carry upstream's flag names. `mbr_scale` weighs the latent-reconstruction loss, which `nomlr` drops, and
+    `simsr_scale` the bisimulation loss, which `nosimsr` drops and whose rewards are scaled by `task`.
+    `dyn_cont_stoch_size` is the width P of the projection in which latents are reconstructed.
+    """
 
     def __init__(
         self,
         encoder: Encoder,
-        rssm: RSSM,
+        dynamics: RSSM,
         *,
-        mask: dict,
+        mask_ratio: float,
+        patch_size: int,
+        block_size: int,
         augmentation: list[str],
         aug_prob: float,
         encoder_tau: float,
         dynamics_tau: float,
+        dyn_cont_stoch_size: int,
+        mbr_scale: float,
+        nomlr: bool,
+        simsr_scale: float,
+        simsr_discount: float,
+        nosimsr: bool,
+        task: str,
     ):
-        super().__init__()
+        super().__init__(encoder, dynamics)
         for name in augmentation:
             if name not in AUGMENTATIONS:
                 raise ValueError(f"unknown --augmentation {name!r}: use {', '.join(AUGMENTATIONS)} (size is kept)")
-        self.encoder, self.rssm = encoder, rssm
+        self.projector = nn.Linear(dynamics.feat_size, dyn_cont_stoch_size, bias=False)
+        init_truncated(self.projector)
         self.raw_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.raw_rssm = copy.deepcopy(rssm).requires_grad_(False)
+        self.raw_dynamics = copy.deepcopy(dynamics).requires_grad_(False)
+        self.raw_projector = copy.deepcopy(self.projector).requires_grad_(False)
         sizes = [shape[:2] for shape in encoder.image_shapes.values()]
-        self.cube_mask = CubeMask(*sizes[0], **mask) if sizes else None
-        self.augmentation, self.aug_prob = augmentation, aug_prob
-        self.encoder_tau, self.dynamics_tau = encoder_tau, dynamics_tau
+        self.cube_mask = CubeMask(*sizes[0], patch=patch_size, block=block_size, ratio=mask_ratio) if sizes else None
+        self.augmentation = augmentation
+        self.aug_prob = aug_prob
+        self.encoder_tau = encoder_tau
+        self.dynamics_tau = dynamics_tau
+        self.nomlr = nomlr
+        self.nosimsr = nosimsr
+        self.simsr_discount = simsr_discount
+        self.reward_scale = bisimulation_reward_scale(task)
+        self.scales = {"mbr": mbr_scale, "simsr": simsr_scale}
 
-    def online_parameters(self) -> list[nn.Parameter]:
-        return [*self.encoder.parameters(), *self.rssm.parameters()]
-
-    def forward(self, obs: dict[str, Tensor], action: Tensor, is_first: Tensor, mask: Tensor | None = None) -> Branches:
-        """Both branches over a batch of preprocessed observations (B,T,*), action (B,T,A), is_first (B,T) bool.
+    def forward(self, data: dict[str, Tensor], mask: Tensor | None = None) -> Branches:
+        """Both branches over preprocessed `data`: observations (B,T,*), action (B,T,A), is_first (B,T) bool.
 
         `mask` (T,H,W) bool, True = hidden, is drawn when not given. Vector observations are never masked.
         """
-        embed = self.encoder(self.hide(obs, mask))
-        post, prior = self.rssm.observe(embed, action, is_first)
-        raw_post, raw_prior = self.raw_branch(obs, post.detach(), action, is_first)
-        return Branches(embed, post, prior, raw_post, raw_prior)
+        embed = self.encoder(self.hide(data, mask))
+        post, prior = self.dynamics.observe(embed, data["action"], data["is_first"])
+        raw_post, raw_prior = self.raw_branch(data, post.detach())
+        return Branches(embed, post, prior, post.feat, raw_post, raw_prior, raw_post.feat)
 
     def hide(self, obs: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
         """The mask branch's view: hidden pixels become 0 (mid grey), then augmentation."""
@@ -250,22 +272,42 @@ class HybridRSSM(nn.Module):
         return hidden
 
     @torch.no_grad()
-    def raw_branch(self, obs: dict[str, Tensor], post: State, action: Tensor, is_first: Tensor) -> tuple[State, State]:
+    def raw_branch(self, data: dict[str, Tensor], post: State) -> tuple[State, State]:
         """Clean frames, EMA weights and the mask branch's history -> posterior and prior (B,T,*), no recurrence.
 
         The posterior of step t is q(z | h_t, clean frame) on the mask branch's h_t. The prior of step t is one
         transition from the raw posterior of step t-1 (the initial state where an episode starts).
         """
-        rssm = self.raw_rssm
-        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
-        embed = self.raw_encoder(obs)
-        if rssm.shared:
-            raw_post = rssm.img_step(rssm.shift(post, is_first), action, embed=embed)
+        dynamics, is_first = self.raw_dynamics, data["is_first"]
+        action = torch.where(is_first.unsqueeze(-1), 0.0, data["action"])
+        embed = self.raw_encoder(data)
+        if dynamics.shared:
+            raw_post = dynamics.img_step(dynamics.shift(post, is_first), action, embed=embed)
         else:
-            raw_post = rssm.posterior(post.deter, embed)
-        return raw_post, rssm.img_step(rssm.shift(raw_post, is_first), action)
+            raw_post = dynamics.posterior(post.deter, embed)
+        return raw_post, dynamics.img_step(dynamics.shift(raw_post, is_first), action)
 
-    def update_ema(self) -> None:
-        """Move the raw branch towards the mask branch; once per update, after the optimiser step."""
-        ema_update(self.raw_encoder, self.encoder, self.encoder_tau)
-        ema_update(self.raw_rssm, self.rssm, self.dynamics_tau)
+    def predict(self, filtered: Branches) -> dict[str, Tensor]:
+        """Projections (B,T,P) of both branches' features."""
+        if self.nomlr:
+            return {}
+        projected, raw_projected = self.projector(filtered.feat), self.raw_projector(filtered.raw_feat)
+        return {"projected": full(projected), "raw_projected": full(raw_projected)}
+
+    def losses(self, data: dict[str, Tensor], filtered: Branches, predicted: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses = {}
+        if not self.nomlr:
+            losses["mbr"] = latent_reconstruction_loss(predicted["projected"], predicted["raw_projected"])
+        if not self.nosimsr:
+            prior_feat, raw_prior_feat = filtered.prior.feat, filtered.raw_prior.feat
+            reward = data["reward"] * self.reward_scale
+            losses["simsr"] = bisimulation_loss(
+                filtered.feat, filtered.raw_feat, prior_feat, raw_prior_feat, reward, self.simsr_discount
+            )
+        return losses
+
+    def after_update(self) -> None:
+        """Move the raw branch towards the mask branch."""
+        tools.ema_update(self.raw_encoder, self.encoder, self.encoder_tau)
+        tools.ema_update(self.raw_dynamics, self.dynamics, self.dynamics_tau)
+        tools.ema_update(self.raw_projector, self.projector, self.dynamics_tau)

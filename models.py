@@ -1,4 +1,4 @@
-"""How it learns: `WorldModel` (branches -> scalar losses) and `ActorCritic` (imagination -> returns -> losses).
+"""How it learns: `WorldModel` (representation -> losses), the baselines, `ActorCritic` (imagination -> losses).
 
 Shape letters: `B` batch, `T` time, `H` imagination length, `N` flattened B*T, `A` action, `E` embed, `D` deter,
 `S` categorical groups, `K` classes, `F` feature = S*K + D, `P` projection.
@@ -17,14 +17,29 @@ are 0-d tensors that stay on the device.
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hrssm
 import tools
-from networks import RSSM, ActorHead, Decoder, Normal, OneHot, ScalarHead, State, bound_action, stack_states
+from networks import (
+    RSSM,
+    ActorHead,
+    Decoder,
+    Encoder,
+    Filtered,
+    Normal,
+    OneHot,
+    Representation,
+    ScalarHead,
+    State,
+    bound_action,
+    full,
+    init_truncated,
+    stack_states,
+)
 
 
 def autocast(reference: Tensor, enabled: bool) -> torch.autocast:
@@ -50,57 +65,197 @@ def tensor_stats(name: str, x: Tensor) -> dict[str, Tensor]:
     return {f"{name}_mean": x.mean(), f"{name}_std": x.std(), f"{name}_min": x.min(), f"{name}_max": x.max()}
 
 
-class WorldModel(nn.Module):
-    """Hybrid RSSM with reward and continuation heads.
+# --- KL terms -------------------------------------------------------------------------------------------------------
 
-    Keyword arguments carry upstream's flag names: `mbr_scale` weighs the latent-reconstruction loss (absent with
-    `nomlr`), `simsr_scale` the bisimulation loss (absent with `nosimsr`), `simsr_reward_scale` multiplies rewards
-    inside the latter. Heads outside `grad_heads` train on detached features.
+
+class FreeBits(nn.Module):
+    """KL balancing with free nats (DreamerV3): dyn_scale E[max(dyn, free)] + rep_scale E[max(rep, free)]."""
+
+    def __init__(self, *, dyn_scale: float, rep_scale: float, kl_free: float):
+        super().__init__()
+        self.dyn_scale = dyn_scale
+        self.rep_scale = rep_scale
+        self.kl_free = kl_free
+
+    def forward(self, dyn: Tensor, rep: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weighted losses and metrics from KL(sg(post) || prior) and KL(post || sg(prior)), both (B,T) in nats."""
+        rep_loss, dyn_loss = rep.clamp(min=self.kl_free).mean(), dyn.clamp(min=self.kl_free).mean()
+        metrics = {"kl_free": self.kl_free, "dyn_scale": self.dyn_scale, "rep_scale": self.rep_scale}
+        metrics |= {"dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach()}
+        return {"dyn": self.dyn_scale * dyn_loss, "rep": self.rep_scale * rep_loss}, metrics
+
+    def after_update(self, kl: Tensor) -> dict[str, Tensor]:
+        """Called once after each optimiser step with the mean KL of before it."""
+        return {}
+
+
+class KLConstraint(nn.Module):
+    """RePo (Zhu et al., 2023): KL <= kl_target nats, enforced by a dual variable beta.
+
+    The loss is sg(beta) (KL - kl_target) with KL = E[balance dyn + (1 - balance) rep]; log beta then takes one step of
+    gradient ascent on the violation. There are no free nats.
+    """
+
+    def __init__(self, *, kl_target: float, kl_balance: float, beta_init: float, beta_lr: float):
+        super().__init__()
+        self.target = kl_target
+        self.balance = kl_balance
+        self.log_beta = nn.Parameter(torch.tensor(beta_init, dtype=torch.get_default_dtype()).log())
+        self.optimizer = tools.Optimizer("beta", [self.log_beta], lr=beta_lr, eps=1e-8, clip=0.0)
+
+    def forward(self, dyn: Tensor, rep: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As `FreeBits.forward`."""
+        dyn_loss, rep_loss, beta = dyn.mean(), rep.mean(), self.log_beta.detach().exp()
+        kl = self.balance * dyn_loss + (1.0 - self.balance) * rep_loss
+        metrics = {"beta": beta, "dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach()}
+        return {"kl": beta * (kl - self.target)}, metrics
+
+    def after_update(self, kl: Tensor) -> dict[str, Tensor]:
+        """One step of log beta; over several ranks it follows the mean violation."""
+        return self.optimizer.step(-self.log_beta * (kl - self.target))
+
+
+# --- representations of other methods -------------------------------------------------------------------------------
+
+
+class Reconstruction(Representation):
+    """DreamerV3 (Hafner et al., 2023): the latent reproduces what was observed."""
+
+    def __init__(self, encoder: Encoder, dynamics: RSSM, *, decoder: dict, decoder_scale: float = 1.0):
+        super().__init__(encoder, dynamics)
+        self.decoder = Decoder(dynamics.feat_size, encoder.shapes, **decoder)
+        if not self.decoder.keys:
+            keys = ", ".join(f"{k} {tuple(v)}" for k, v in encoder.shapes.items())
+            raise ValueError(f"no observation matches --decoder.cnn_keys or --decoder.mlp_keys; there are: {keys}")
+        self.scales = dict.fromkeys(self.decoder.keys, decoder_scale)
+
+    def predict(self, filtered: Filtered) -> dict[str, Tensor]:
+        """Reconstructions (B,T,...) of each key."""
+        return self.decoder(filtered.feat)
+
+    def losses(self, data: dict[str, Tensor], filtered: Filtered, predicted: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: loss.mean() for key, loss in self.decoder.losses(predicted, data).items()}
+
+
+def barlow_twins_loss(x: Tensor, y: Tensor, off_diagonal: float) -> Tensor:
+    """Barlow Twins (Zbontar et al., 2021) of x and y (N,E): features agree with their twins and no two are redundant.
+
+    With C the cross-correlation (E,E) of the columns, standardised over the batch:
+
+        sum_i (C_ii - 1)^2 + off_diagonal sum_{i != j} C_ij^2
+
+    With several ranks the batch is that of all. Gradient reaches `x` alone.
+    """
+
+    def standardise(z: Tensor) -> Tensor:
+        return (z - z.mean(0)) / (z.std(0) + 1e-8)
+
+    x, y = standardise(tools.gather_ranks(x, gradient=True)), standardise(tools.gather_ranks(y.detach()))
+    samples, features = x.shape
+    diagonal = (x * y).sum(0) / samples
+    # |x^T y|^2 = <x x^T, y y^T>: products of (N,N) where they are smaller than (E,E)
+    squares = ((x @ x.T) * (y @ y.T)).sum() if samples < features else (x.T @ y).square().sum()
+    squares = squares / samples**2
+    return (diagonal - 1.0).square().sum() + off_diagonal * (squares - diagonal.square().sum())
+
+
+def infonce_loss(x: Tensor, y: Tensor) -> Tensor:
+    """InfoNCE (van den Oord et al., 2018) of x and y (N,E): each x identifies its y among all of the batch.
+
+    Mean cross-entropy of the logits x_i . y_j with label i. With several ranks j runs over the batches of all. Gradient
+    reaches `x` alone.
+    """
+    logits = x @ tools.gather_ranks(y.detach()).T
+    return F.cross_entropy(logits, torch.arange(len(x), device=x.device) + tools.rank() * len(x))
+
+
+class EmbeddingPrediction(Representation):
+    """Base of methods that tie projected features to the embedding of the same frame."""
+
+    def __init__(self, encoder: Encoder, dynamics: RSSM):
+        super().__init__(encoder, dynamics)
+        self.projector = nn.Linear(dynamics.feat_size, encoder.outdim, bias=False)
+        init_truncated(self.projector)
+
+    def predict(self, filtered: Filtered) -> dict[str, Tensor]:
+        """Projected features (B,T,E)."""
+        return {"projected": full(self.projector(filtered.feat))}
+
+
+class RedundancyReduction(EmbeddingPrediction):
+    """R2-Dreamer: Barlow Twins between projected features and embeddings."""
+
+    def __init__(self, encoder: Encoder, dynamics: RSSM, *, barlow_scale: float = 0.05, barlow_lambda: float = 5e-4):
+        super().__init__(encoder, dynamics)
+        self.off_diagonal = barlow_lambda
+        self.scales = {"barlow": barlow_scale}
+
+    def losses(self, data: dict[str, Tensor], filtered: Filtered, predicted: dict[str, Tensor]) -> dict[str, Tensor]:
+        projected, embed = predicted["projected"].flatten(0, 1), filtered.embed.flatten(0, 1)
+        return {"barlow": barlow_twins_loss(projected, embed, self.off_diagonal)}
+
+
+class InfoNCE(EmbeddingPrediction):
+    """Contrastive prediction of embeddings from projected features."""
+
+    def __init__(self, encoder: Encoder, dynamics: RSSM, *, infonce_scale: float = 1.0):
+        super().__init__(encoder, dynamics)
+        self.scales = {"infonce": infonce_scale}
+
+    def losses(self, data: dict[str, Tensor], filtered: Filtered, predicted: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"infonce": infonce_loss(predicted["projected"].flatten(0, 1), filtered.embed.flatten(0, 1))}
+
+
+# --- world model ----------------------------------------------------------------------------------------------------
+
+
+class WorldModel(nn.Module):
+    """A representation with its KL term, reward head and continuation head.
+
+    The loss is reward + continuation + KL + whatever the representation adds, each term times its weight. Heads outside
+    `grad_heads` train on detached features.
     """
 
     def __init__(
         self,
-        hybrid: hrssm.HybridRSSM,
+        representation: Representation,
+        kl_term: FreeBits | KLConstraint,
         reward_head: ScalarHead,
         cont_head: ScalarHead,
         *,
-        dyn_scale: float,
-        rep_scale: float,
-        kl_free: float,
         reward_scale: float,
         cont_scale: float,
-        mbr_scale: float,
-        simsr_scale: float,
-        simsr_discount: float,
-        simsr_reward_scale: float,
-        nomlr: bool,
-        nosimsr: bool,
         grad_heads: list[str],
         bf16: bool,
         optimizer: dict,
     ):
         super().__init__()
         for name in grad_heads:
-            if name not in ("reward", "cont"):
-                raise ValueError(f"unknown --grad_heads {name!r}: there are reward and cont")
-        self.hybrid, self.reward_head, self.cont_head = hybrid, reward_head, cont_head
-        self.dyn_scale, self.rep_scale, self.kl_free = dyn_scale, rep_scale, kl_free
-        self.scales = {"reward": reward_scale, "cont": cont_scale, "mbr": mbr_scale, "simsr": simsr_scale}
-        self.simsr_discount, self.simsr_reward_scale = simsr_discount, simsr_reward_scale
-        self.nomlr, self.nosimsr, self.grad_heads, self.bf16 = nomlr, nosimsr, grad_heads, bf16
-        online = [*hybrid.online_parameters(), *reward_head.parameters(), *cont_head.parameters()]
-        self.optimizer = tools.Optimizer("model", online, **optimizer)
+            if name not in ("reward", "cont", "decoder"):  # a method's decoder always trains the representation
+                raise ValueError(f"unknown --grad_heads {name!r}: there are reward, cont and decoder")
+        self.representation = representation
+        self.reward_head = reward_head
+        self.cont_head = cont_head
+        self.kl_term = kl_term
+        self.scales = {"reward": reward_scale, "cont": cont_scale} | representation.scales
+        self.grad_heads = grad_heads
+        self.bf16 = bf16
+        trained = (*representation.parameters(), *reward_head.parameters(), *cont_head.parameters())
+        self.optimizer = tools.Optimizer("model", [p for p in trained if p.requires_grad], **optimizer)
 
     @property
-    def rssm(self) -> RSSM:
-        return self.hybrid.rssm
+    def dynamics(self) -> RSSM:
+        return self.representation.dynamics
+
+    @property
+    def device(self) -> torch.device:
+        return self.reward_head.out.weight.device
 
     def preprocess(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fresh tensors on the model's device: uint8 images to [-0.5, 0.5], flags to bool, the rest to floats."""
-        device, dtype = self.rssm.prior_head.weight.device, torch.get_default_dtype()
-        data = {}
+        dtype, data = torch.get_default_dtype(), {}
         for key, value in batch.items():
-            value = tools.to_device(torch.as_tensor(value), device)
+            value = tools.to_device(torch.as_tensor(value), self.device)
             if key.startswith("is_"):
                 data[key] = value.bool()
             elif value.dtype == torch.uint8:
@@ -109,57 +264,51 @@ class WorldModel(nn.Module):
                 data[key] = value.to(dtype)
         return data
 
-    def loss(
-        self, batch: dict[str, Tensor], mask: Tensor | None = None
-    ) -> tuple[Tensor, hrssm.Branches, dict[str, Tensor]]:
-        """Total loss, both branches and metrics.
+    def loss(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Tensor, Filtered, dict[str, Tensor]]:
+        """Total loss, the filtered batch and metrics.
 
         `batch`: image (B,T,H,W,C) uint8 and/or vectors, action (B,T,A), reward (B,T), is_first and is_terminal (B,T).
-        `mask` (T,H,W) bool replaces the random cube mask.
+        `mask` (T,H,W) bool replaces the random cube mask of HRSSM.
         """
-        data = self.preprocess(batch)
+        data, dynamics = self.preprocess(batch), self.dynamics
         with autocast(data["reward"], self.bf16):
-            branches = self.hybrid(data, data["action"], data["is_first"], mask)
+            filtered = self.representation(data, mask)
             # (B, T, F)
-            feat, raw_feat = branches.post.feat, branches.raw_post.feat
+            feat = filtered.feat
             reward = self.reward_head(feat if "reward" in self.grad_heads else feat.detach())
             cont = self.cont_head(feat if "cont" in self.grad_heads else feat.detach())
-            projected, raw_projected = self.rssm.project(feat), self.hybrid.raw_rssm.project(raw_feat)
+            predicted = self.representation.predict(filtered)
 
-        # (B, T): the KL of the mask branch, below `kl_free` nats without gradient
-        post, prior = self.rssm.dist(branches.post.logit), self.rssm.dist(branches.prior.logit)
-        rep, dyn = self.rssm.kl(post, prior.detach()), self.rssm.kl(post.detach(), prior)
-        rep_loss, dyn_loss = rep.clamp(min=self.kl_free).mean(), dyn.clamp(min=self.kl_free).mean()
+        # (B, T)
+        post, prior = dynamics.dist(filtered.post.logit), dynamics.dist(filtered.prior.logit)
+        rep, dyn = dynamics.kl(post, prior.detach()), dynamics.kl(post.detach(), prior)
+        kl_losses, metrics = self.kl_term(dyn, rep)
 
         losses = {
             "reward": -reward.log_prob(data["reward"]).mean(),
             "cont": -cont.log_prob((~data["is_terminal"]).to(feat.dtype).unsqueeze(-1)).mean(),
         }
-        if not self.nomlr:
-            losses["mbr"] = hrssm.latent_reconstruction_loss(projected, raw_projected)
-        if not self.nosimsr:
-            scaled = data["reward"] * self.simsr_reward_scale
-            losses["simsr"] = hrssm.bisimulation_loss(
-                feat, raw_feat, branches.prior.feat, branches.raw_prior.feat, scaled, self.simsr_discount
-            )
+        losses |= self.representation.losses(data, filtered, predicted)
         losses = {name: loss * self.scales[name] for name, loss in losses.items()}
-        total = sum(losses.values()) + self.dyn_scale * dyn_loss + self.rep_scale * rep_loss
+        total = sum((*losses.values(), *kl_losses.values()))
 
-        metrics = {f"{name}_loss": loss.detach() for name, loss in losses.items()}
-        metrics |= {"kl_free": self.kl_free, "dyn_scale": self.dyn_scale, "rep_scale": self.rep_scale}
-        metrics |= {"dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach(), "kl": rep.detach().mean()}
+        metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}
+        metrics |= {"kl": rep.detach().mean()}
         metrics |= {"min_reward": data["reward"].min(), "max_reward": data["reward"].max()}
-        metrics["prior_ent"] = self.rssm.entropy(prior.detach()).mean()
-        metrics["post_ent"] = self.rssm.entropy(post.detach()).mean()
-        return total, branches, metrics
+        metrics["prior_ent"] = dynamics.entropy(prior.detach()).mean()
+        metrics["post_ent"] = dynamics.entropy(post.detach()).mean()
+        return total, filtered, metrics
 
-    def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[hrssm.Branches, dict[str, Tensor]]:
-        """One optimiser step, then the raw branch follows. Returns the branches as they were before, detached."""
-        loss, branches, metrics = self.loss(batch, mask)
+    def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Filtered, dict[str, Tensor]]:
+        """One optimiser step, then what follows it. Returns the batch as filtered before the step, detached."""
+        loss, filtered, metrics = self.loss(batch, mask)
         metrics |= self.optimizer.step(loss)
-        self.hybrid.update_ema()
-        detached = (x.detach() for x in branches)
-        return hrssm.Branches(*detached), metrics
+        metrics |= self.kl_term.after_update(metrics["kl"])
+        self.representation.after_update()
+        return type(filtered)(*(x.detach() for x in filtered)), metrics
+
+
+# --- actor and critic -----------------------------------------------------------------------------------------------
 
 
 class ReturnNorm(nn.Module):
@@ -234,17 +383,25 @@ class ActorCritic(nn.Module):
         self.actor, self.critic = actor, critic
         self.slow_critic = copy.deepcopy(critic).requires_grad_(False) if slow_value_target else None
         self.return_norm = ReturnNorm() if return_norm else None
-        self.imag_horizon, self.imag_gradient, self.imag_gradient_mix = imag_horizon, imag_gradient, imag_gradient_mix
-        self.imag_sample, self.behavior_stop_grad = imag_sample, behavior_stop_grad
-        self.discount, self.discount_lambda = discount, discount_lambda
-        self.actor_entropy, self.actor_state_entropy = actor_entropy, actor_state_entropy
-        self.future_entropy, self.value_decay, self.bf16 = future_entropy, value_decay, bf16
-        self.slow_target_update, self.slow_target_fraction = slow_target_update, slow_target_fraction
-        self.updates = 0
+        self.imag_horizon = imag_horizon
+        self.imag_gradient = imag_gradient
+        self.imag_gradient_mix = imag_gradient_mix
+        self.imag_sample = imag_sample
+        self.behavior_stop_grad = behavior_stop_grad
+        self.discount = discount
+        self.discount_lambda = discount_lambda
+        self.actor_entropy = actor_entropy
+        self.actor_state_entropy = actor_state_entropy
+        self.future_entropy = future_entropy
+        self.value_decay = value_decay
+        self.bf16 = bf16
+        self.slow_target_update = slow_target_update
+        self.slow_target_fraction = slow_target_fraction
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64), persistent=False)
         self.actor_optimizer = tools.Optimizer("actor", actor.parameters(), **actor_optimizer)
         self.value_optimizer = tools.Optimizer("value", critic.parameters(), **value_optimizer)
 
-    def imagine(self, rssm: RSSM, start: State) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
+    def imagine(self, dynamics: RSSM, start: State) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
         """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N)."""
         states, feats, actions, outputs = [start], [], [], []
         for k in range(self.imag_horizon):
@@ -252,7 +409,7 @@ class ActorCritic(nn.Module):
             outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
             actions.append(bound_action(self.actor.policy(outputs[k]).sample()))
             if k < self.imag_horizon - 1:
-                states.append(rssm.img_step(states[k], actions[k], self.imag_sample))
+                states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
         return states, torch.stack(feats), torch.stack(actions), self.actor.policy(torch.stack(outputs))
 
     def loss(
@@ -264,7 +421,7 @@ class ActorCritic(nn.Module):
         """
         with autocast(start.deter, self.bf16):
             # (H, N, F), (H, N, A)
-            states, feat, action, policy = self.imagine(world_model.rssm, start)
+            states, feat, action, policy = self.imagine(world_model.dynamics, start)
             entropy = policy.entropy()
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
             discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
@@ -274,7 +431,7 @@ class ActorCritic(nn.Module):
         state_entropy = None
         if self.actor_state_entropy > 0:
             logit = torch.stack([state.logit for state in states])
-            state_entropy = world_model.rssm.entropy(world_model.rssm.dist(logit))
+            state_entropy = world_model.dynamics.entropy(world_model.dynamics.dist(logit))
         if self.future_entropy:
             reward = reward + self.actor_entropy * entropy
             if state_entropy is not None:
@@ -325,7 +482,8 @@ class ActorCritic(nn.Module):
     def update(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """One step for actor and critic from start states (B,T,*). `update_slow_critic` comes before it."""
+        """One step for actor and critic from start states (B,T,*)."""
+        self.update_slow_critic()
         start = start.map(lambda x: x.detach().flatten(0, 1))
         with frozen(world_model):
             actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
@@ -334,23 +492,26 @@ class ActorCritic(nn.Module):
         return metrics
 
     def update_slow_critic(self) -> None:
-        """Move the slow critic if due. Apart from the update, which may be recorded and cannot count."""
-        if self.slow_critic is not None and self.updates % self.slow_target_update == 0:
-            hrssm.ema_update(self.slow_critic, self.critic, self.slow_target_fraction)
+        """Move the slow critic if due. The count stays on the device, where a recorded update goes on counting."""
+        if self.slow_critic is not None:
+            rate = self.slow_target_fraction
+            if self.slow_target_update > 1:
+                rate = rate * (self.updates % self.slow_target_update == 0)
+            tools.ema_update(self.slow_critic, self.critic, rate)
         self.updates += 1
 
     def get_extra_state(self) -> int:
-        return self.updates
+        return int(self.updates)
 
     def set_extra_state(self, updates: int) -> None:
-        self.updates = updates
+        self.updates.fill_(updates)
 
 
 class Probe(nn.Module):
     """A decoder on detached features, to look at what the latent holds. Nothing of it reaches the world model.
 
-    It learns to draw `clean_image` where the environment has it, else what was observed, from the raw branch's
-    posterior.
+    It learns to draw `clean_image` where the environment has it, else what was observed, from the states in which
+    imagination begins.
     """
 
     def __init__(self, decoder: Decoder, optimizer: dict):
@@ -363,7 +524,8 @@ class Probe(nn.Module):
     def update(self, world_model: WorldModel, batch: dict[str, Tensor], state: State) -> dict[str, Tensor]:
         """One step on a batch (B,T,*) of replay and the latent states (B,T,*) of its rows."""
         target = self.target(world_model.preprocess(batch))
-        return self.optimizer.step(self.decoder.loss(state.feat.detach(), target).mean())
+        losses = self.decoder.losses(self.decoder(state.feat.detach()), target)
+        return self.optimizer.step(sum(losses.values()).mean())
 
     def target(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**data, "image": data.get("clean_image", data.get("image"))}
@@ -376,20 +538,96 @@ class Probe(nn.Module):
         top: observed (if that is not the truth), truth, model, error (grey is none). Latents are modes, so there is
         no randomness.
         """
-        data, rssm = world_model.preprocess(batch), world_model.rssm
+        data, dynamics = world_model.preprocess(batch), world_model.dynamics
         # (B, T, E)
-        embed, state, states = world_model.hybrid.encoder(data), rssm.initial(data["is_first"].shape[:1]), []
+        embed = world_model.representation.encoder(data)
+        state, states = dynamics.initial(data["is_first"].shape[:1]), []
         for t in range(data["is_first"].shape[1]):
             action = data["action"][:, t]
             if t < context:
-                state = rssm.obs_step(state, action, embed[:, t], data["is_first"][:, t], sample=False)
+                state = dynamics.obs_step(state, action, embed[:, t], data["is_first"][:, t], sample=False)
             else:
-                state = rssm.img_step(state, action, sample=False)
+                state = dynamics.img_step(state, action, sample=False)
             states.append(state)
-        key, decoder = next(iter(self.decoder.cnn.items()))
-        truth, model = self.target(data)[key], decoder(stack_states(states, 1).feat).clamp(-0.5, 0.5)
+        key = next(iter(self.decoder.image_shapes))
+        truth, model = self.target(data)[key], self.decoder(stack_states(states, 1).feat)[key].clamp(-0.5, 0.5)
         pictures = [truth, model, (model - truth) / 2.0]
         if "clean_image" in data:
             pictures.insert(0, data["image"])
         # (B, T, n H, W, C)
         return ((torch.cat(pictures, 2) + 0.5) * 255.0).round().to(torch.uint8)
+
+
+# --- diagnostics ----------------------------------------------------------------------------------------------------
+# How much a distraction moves the latent and what is computed from it. `S` = states, `K` = draws of the distraction.
+
+ROBUSTNESS = ("denoising_factor", "action_agreement", "value_agreement")
+
+
+def measure_robustness(
+    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, Tensor], actions: Tensor
+) -> dict[str, float]:
+    """`ROBUSTNESS`, and the mean distances `same` and `other`, from what `envs.paired.render` returns.
+
+    `obs` (K,E,T,...) are E episodes of T states under K draws, `actions` (E,T,A) the actions that led to them; arrays
+    do as well. Deterministic: the filter takes the mode of every latent.
+    """
+    latent, action, value = encode_draws(world_model, actor_critic, obs, actions)
+    metrics = denoising_factor(latent)
+    return metrics | {"action_agreement": agreement(action), "value_agreement": agreement(value)}
+
+
+@torch.no_grad()
+def encode_draws(
+    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, Tensor], actions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (K,S,F), actions (K,S,A) and values (K,S,1) for observations (K,E,T,...), with S = E*T, in float64.
+
+    The stochastic part of a latent is its class probabilities, or its mean.
+    """
+    draws, episodes, steps = next(iter(obs.values())).shape[:3]
+    dynamics = world_model.dynamics
+    # (K*E, T, ...)
+    batch = {key: torch.as_tensor(value).flatten(0, 1) for key, value in obs.items()}
+    batch["action"] = torch.as_tensor(actions).repeat(draws, 1, 1)
+    batch["is_first"] = (torch.arange(steps) == 0).repeat(draws * episodes, 1)
+    data = world_model.preprocess(batch)
+    embed = world_model.representation.encoder(data)
+    state, _ = dynamics.observe(embed, data["action"], data["is_first"], sample=False)
+    dist = dynamics.dist(state.logit)
+    latent = state._replace(stoch=dist.log_probs.exp() if dynamics.classes else dist.mode).feat
+    action, value = actor_critic.actor(state.feat).mode, actor_critic.critic(state.feat).mode
+    return tuple(x.reshape(draws, episodes * steps, -1).double() for x in (latent, action, value))
+
+
+def denoising_factor(latent: Tensor) -> dict[str, float]:
+    """(other - same) / (other + same) from latents (K,S,F), with both mean distances (Luo et al., 2025).
+
+    `same` is the distance between latents of one state under different draws, `other` between different states.
+    """
+    draws, states = latent.shape[:2]
+    distance = torch.cdist(latent.flatten(0, 1), latent.flatten(0, 1)).reshape(draws, states, draws, states)
+    # (K, K, S): distances within one state, zero between a draw and itself
+    within = distance.diagonal(dim1=1, dim2=3)
+    same = within.sum() / (states * draws * (draws - 1))
+    other = (distance.sum() - within.sum()) / (states * (states - 1) * draws * draws)
+    factor = (other - same) / (other + same)
+    return {"denoising_factor": factor.item(), "same": same.item(), "other": other.item()}
+
+
+def agreement(x: Tensor) -> float:
+    """1 - (variance over draws) / (total variance) of x (K,S,D); NaN if x is constant."""
+    return (1.0 - x.var(0).mean(0).sum() / x.flatten(0, 1).var(0).sum()).item()
+
+
+def fit_probe(probe: Probe, world_model: WorldModel, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Train `probe` alone on replay `batches` (B,T,*) of the unmasked filter; mean loss of the last tenth of them."""
+    losses = []
+    for batch in batches:
+        with torch.no_grad():
+            data = world_model.preprocess(batch)
+            embed = world_model.representation.encoder(data)
+            post, _ = world_model.dynamics.observe(embed, data["action"], data["is_first"])
+        losses.append(probe.update(world_model, batch, post)["probe_loss"].item())
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last)

@@ -1,4 +1,4 @@
-"""Parts any world-model paper could use: distributions, latent state, RSSM, encoder, decoder, MLP heads.
+"""Parts any world-model paper could use: distributions, encoder, decoder, heads, latent dynamics, `Representation`.
 
 Nothing here knows about masks, bisimulation or training. Shape letters: `B` batch, `T` time, `A` action, `E` embed,
 `D` deter, `S` categorical groups, `K` classes per group, `F` feature = S*K + D, `...` any leading axes.
@@ -317,6 +317,14 @@ def select_keys(shapes: dict[str, tuple], cnn_keys: str, mlp_keys: str) -> tuple
     return images, vectors
 
 
+def joint_image(shapes: dict[str, tuple], network: str) -> tuple[tuple[int, int], int]:
+    """Size and channels of images joined on the channel axis. Raises ValueError if they differ in size."""
+    sizes = {shape[:2] for shape in shapes.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"images of different sizes cannot share one {network}: {shapes}")
+    return sizes.pop(), sum(shape[-1] for shape in shapes.values())
+
+
 class Encoder(nn.Module):
     """Observation dict -> embedding (..., E): images through convolutions, vectors through symlog and an MLP.
 
@@ -341,6 +349,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.image_shapes, self.vector_shapes = select_keys(shapes, cnn_keys, mlp_keys)
+        self.shapes = shapes
         self.symlog_inputs = symlog_inputs
         self.outdim = 0
         if not self.image_shapes and not self.vector_shapes:
@@ -349,13 +358,9 @@ class Encoder(nn.Module):
                 f"there are: {', '.join(f'{k} {tuple(v)}' for k, v in shapes.items())}"
             )
         if self.image_shapes:
-            sizes = {shape[:2] for shape in self.image_shapes.values()}
-            if len(sizes) > 1:
-                raise ValueError(f"images of different sizes cannot share one encoder: {self.image_shapes}")
-            channels = sum(shape[-1] for shape in self.image_shapes.values())
-            self.cnn = ConvEncoder(
-                (*sizes.pop(), channels), depth=cnn_depth, act=act, norm=norm, kernel=kernel_size, minres=minres
-            )
+            size, channels = joint_image(self.image_shapes, "encoder")
+            options = {"depth": cnn_depth, "kernel": kernel_size, "minres": minres, "act": act, "norm": norm}
+            self.cnn = ConvEncoder((*size, channels), **options)
             self.outdim += self.cnn.outdim
         if self.vector_shapes:
             inputs = sum(shape[0] for shape in self.vector_shapes.values())
@@ -417,10 +422,10 @@ class ConvDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (..., F) -> dict of reconstructions. For probes and baselines: HRSSM itself has no decoder.
+    """Features (..., F) -> dict of reconstructions: all images from one `ConvDecoder`, all vectors from one MLP trunk.
 
-    `loss` sums the squared error over pixels (the symlog error over vector entries) and has shape (...). `vector_dist`
-    and `image_dist` accept upstream's values for what they are: 'symlog_mse' and 'mse'.
+    `shapes` maps each key to its shape without leading axes. Raises ValueError when images differ in size.
+    `vector_dist` and `image_dist` accept upstream's values for what they are: 'symlog_mse' and 'mse'.
     """
 
     def __init__(
@@ -445,30 +450,39 @@ class Decoder(nn.Module):
         if image_dist != "mse" or vector_dist != "symlog_mse":
             raise ValueError(f"decoder distributions are mse and symlog_mse, not {image_dist} and {vector_dist}")
         self.image_shapes, self.vector_shapes = select_keys(shapes, cnn_keys, mlp_keys)
-        size = {"depth": cnn_depth, "kernel": kernel_size, "minres": minres}
-        self.cnn = nn.ModuleDict(
-            {
-                k: ConvDecoder(features, v, act=act, norm=norm, sigmoid=cnn_sigmoid, **size)
-                for k, v in self.image_shapes.items()
-            }
-        )
-        self.mlp = nn.ModuleDict(
-            {
-                k: MLP(features, v[0], layers=mlp_layers, units=mlp_units, act=act, norm=norm)
-                for k, v in self.vector_shapes.items()
-            }
-        )
+        if self.image_shapes:
+            size, channels = joint_image(self.image_shapes, "decoder")
+            options = {"depth": cnn_depth, "kernel": kernel_size, "minres": minres, "act": act, "norm": norm}
+            self.cnn = ConvDecoder(features, (*size, channels), sigmoid=cnn_sigmoid, **options)
+        if self.vector_shapes:
+            self.mlp = dense_blocks(features, mlp_units, mlp_layers, act, norm)
+            inputs = mlp_units if mlp_layers else features
+            self.out = nn.ModuleDict({k: nn.Linear(inputs, v[0]) for k, v in self.vector_shapes.items()})
+            for layer in self.out.values():
+                init_uniform(layer, 1.0)
+
+    @property
+    def keys(self) -> list[str]:
+        return [*self.image_shapes, *self.vector_shapes]
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
-        """Images in [-0.5, 0.5] and vectors in symlog space."""
-        return {k: net(feat) for k, net in (*self.cnn.items(), *self.mlp.items())}
+        """Images in [-0.5, 0.5] and vectors in symlog space, in full precision."""
+        outputs = {}
+        if self.image_shapes:
+            channels = [shape[-1] for shape in self.image_shapes.values()]
+            outputs |= zip(self.image_shapes, self.cnn(feat).split(channels, -1), strict=True)
+        if self.vector_shapes:
+            hidden = self.mlp(feat)
+            outputs |= {k: full(layer(hidden)) for k, layer in self.out.items()}
+        return outputs
 
-    def loss(self, feat: Tensor, obs: dict[str, Tensor]) -> Tensor:
-        total = 0.0
-        for key, output in self(feat).items():
-            target = obs[key] if key in self.image_shapes else symlog(obs[key])
-            total = total + ((output - target) ** 2).flatten(feat.dim() - 1).sum(-1)
-        return total
+    def losses(self, outputs: dict[str, Tensor], obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Squared error of each key, summed over pixels or over symlog vector entries, shape (...)."""
+        losses = {key: ((outputs[key] - obs[key]) ** 2).sum((-3, -2, -1)) for key in self.image_shapes}
+        for key in self.vector_shapes:
+            error = (outputs[key] - symlog(obs[key])) ** 2
+            losses[key] = torch.where(error < 1e-8, 0.0, error).sum(-1)  # as dreamerv3-torch
+        return losses
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -497,10 +511,11 @@ class ScalarHead(MLP):
 
     BUCKETS = 255
 
-    def __init__(self, inputs: int, *, dist: str, **kwargs):
+    def __init__(self, inputs: int, *, dist: str, layers: int, units: int, act: str, norm: str, outscale: float = 1.0):
         if dist not in ("symlog_disc", "normal", "binary"):
             raise ValueError(f"unknown head distribution {dist!r}: use symlog_disc, normal or binary")
-        super().__init__(inputs, self.BUCKETS if dist == "symlog_disc" else 1, **kwargs)
+        outputs = self.BUCKETS if dist == "symlog_disc" else 1
+        super().__init__(inputs, outputs, layers=layers, units=units, act=act, norm=norm, outscale=outscale)
         self.dist = dist
         self.register_buffer("buckets", torch.linspace(-20.0, 20.0, self.BUCKETS), persistent=False)
 
@@ -522,16 +537,31 @@ class ActorHead(MLP):
     """Policy: features (..., F) -> distribution over actions (..., A).
 
     `dist`: 'normal' (tanh mean, std between `min_std` and `max_std`), 'normal_1' (free mean, std 1), 'trunc_normal'
-    (tanh mean, std from `min_std`; upstream never truncates its samples) or 'onehot' (with `unimix`).
+    (tanh mean, std from `min_std`; upstream never truncates its samples) or 'onehot' (with `unimix_ratio`).
     """
 
     def __init__(
-        self, inputs: int, actions: int, *, dist: str, min_std: float, max_std: float, unimix: float = 0.0, **kwargs
+        self,
+        inputs: int,
+        actions: int,
+        *,
+        dist: str,
+        layers: int,
+        units: int,
+        act: str,
+        norm: str,
+        min_std: float,
+        max_std: float,
+        unimix_ratio: float,
     ):
         if dist not in ("normal", "normal_1", "trunc_normal", "onehot"):
             raise ValueError(f"unknown --actor_dist {dist!r}: use normal, normal_1, trunc_normal or onehot")
-        super().__init__(inputs, actions if dist in ("normal_1", "onehot") else 2 * actions, **kwargs)
-        self.dist, self.min_std, self.max_std, self.unimix = dist, min_std, max_std, unimix
+        outputs = actions if dist in ("normal_1", "onehot") else 2 * actions
+        super().__init__(inputs, outputs, layers=layers, units=units, act=act, norm=norm)
+        self.dist = dist
+        self.min_std = min_std
+        self.max_std = max_std
+        self.unimix = unimix_ratio
 
     def forward(self, feat: Tensor) -> Normal | OneHot:
         return self.policy(self.outputs(feat))
@@ -554,53 +584,55 @@ class ActorHead(MLP):
         return Normal(torch.tanh(mean), std)
 
 
-# --- products of a recurrence ---------------------------------------------------------------------------------------
+# --- layers applied at every step of a sequence ---------------------------------------------------------------------
+
+Layer = Callable[[Tensor], Tensor]
 
 
-def linear_once(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+def linear_layer(weight: Tensor, bias: Tensor | None = None) -> Layer:
     return partial(F.linear, weight=weight, bias=bias)
 
 
-class RepeatedLinear:
-    """x -> W x + b, (B, inputs) -> (B, outputs), for use at every step of a sequence; as `F.linear`, but faster.
+class SequenceLinear:
+    """Linear layer applied at every time step, with a single weight-gradient product for the whole sequence.
 
-    Step by step, the gradient of W would be T thin products and T sums of W's size; here it is one product over all
-    steps, taken once the backward pass has been through them all. W is also transposed once, as a thin product reads
-    it faster then.
+    Same results as `F.linear`, (B, inputs) -> (B, outputs). Step by step, the gradient of the weight would take T thin
+    products and T additions of the weight's size. The weight is also transposed once, because thin products read it
+    faster that way.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.bias, self.seen = bias, []
+        self.bias, self.steps = bias, []
         self.dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             self.dtype = torch.get_autocast_dtype(weight.device.type)
         self.weight = weight.detach().to(self.dtype)
         self.transposed = self.weight.t().contiguous()
-        # Every step depends on it, so its backward pass comes after theirs.
-        self.last = _WeightGradient.apply(weight, self.seen)
+        # Every step depends on this node, so its backward pass runs after theirs.
+        self.anchor = _WeightGradient.apply(weight, self.steps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = _Step.apply(x.to(self.dtype), self.last, self)
+        y = _SequenceStep.apply(x.to(self.dtype), self.anchor, self)
         return y if self.bias is None else y + self.bias.to(self.dtype)
 
 
 class _WeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, seen: list) -> Tensor:
-        ctx.seen = seen
+    def forward(ctx, weight: Tensor, steps: list) -> Tensor:
+        ctx.steps = steps
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        inputs, gradients = zip(*ctx.seen, strict=True)
-        ctx.seen.clear()
+        inputs, gradients = zip(*ctx.steps, strict=True)
+        ctx.steps.clear()
         # (outputs, T*B) x (T*B, inputs)
         return torch.cat(gradients).t() @ torch.cat(inputs), None
 
 
-class _Step(torch.autograd.Function):
+class _SequenceStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, last: Tensor, layer: RepeatedLinear) -> Tensor:
+    def forward(ctx, x: Tensor, anchor: Tensor, layer: SequenceLinear) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
         return x @ layer.transposed
@@ -608,7 +640,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (x,) = ctx.saved_tensors
-        ctx.layer.seen.append((x.detach(), gradient))
+        ctx.layer.steps.append((x.detach(), gradient))
         return gradient @ ctx.layer.weight, None, None
 
 
@@ -655,7 +687,7 @@ def where_state(flag: Tensor, yes: State, no: State) -> State:
 class GRUCell(nn.Module):
     """GRU with one joint projection, optionally layer-normalised; x (..., H), h (..., D) -> (..., D).
 
-    `forward` takes the projection as a function, for `Products` to choose how it is computed.
+    `forward` takes the projection as a function, so that `StepLayers` decides how it is computed.
 
     Differs from the textbook cell: gates come in the order reset, candidate, update; reset scales the candidate's
     pre-activation; the update gate has a bias of -1.
@@ -667,24 +699,24 @@ class GRUCell(nn.Module):
         self.norm = nn.LayerNorm(3 * size, eps=NORM_EPS) if norm else nn.Identity()
         init_truncated(self.linear)
 
-    def forward(self, x: Tensor, h: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, project: Layer) -> Tensor:
         reset, candidate, update = full(self.norm(project(torch.cat([x, h], -1)))).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1.0)
         return torch.lerp(h, candidate, update)
 
 
-class Products(NamedTuple):
-    """Products with weights that an `RSSM` takes in a step: of z, of the GRU, of h (if any) and of the posterior."""
+class StepLayers(NamedTuple):
+    """The linear layers applied at every `RSSM` step: of z, of the GRU, of h (if any) and of the posterior's output."""
 
-    stoch: Callable[[Tensor], Tensor]
-    gru: Callable[[Tensor], Tensor]
-    deter: Callable[[Tensor], Tensor] | None
-    post: Callable[[Tensor], Tensor]
+    stoch: Layer
+    gru: Layer
+    deter: Layer | None
+    post: Layer
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model with categorical (`classes` > 0) or Gaussian (`classes` = 0) latents.
+    """Recurrent state-space model with `stoch` latents, categorical over `discrete` classes or, if that is 0, Gaussian.
 
     Actions are bounded wherever they enter (`bound_action`). `temp_post` gives the posterior the recurrent state beside
     the embedding. `shared` replaces the posterior network by the prior network, fed with the embedding (zeros for the
@@ -697,7 +729,7 @@ class RSSM(nn.Module):
         actions: int,
         embed: int,
         stoch: int = 32,
-        classes: int = 32,
+        discrete: int = 32,
         deter: int = 512,
         hidden: int = 512,
         input_layers: int = 1,
@@ -708,27 +740,34 @@ class RSSM(nn.Module):
         act: str = "SiLU",
         norm: str = "LayerNorm",
         cell: str = "gru_layer_norm",
-        unimix: float = 0.01,
+        unimix_ratio: float = 0.01,
         initial: str = "learned",
         mean_act: str = "none",
         std_act: str = "sigmoid2",
         min_std: float = 0.1,
-        projection: int = 32,
     ):
         super().__init__()
         if input_layers < 1 or output_layers < 1:
             raise ValueError("--dyn_input_layers and --dyn_output_layers must be at least 1")
         if rec_depth > 1 and hidden != deter:
             raise ValueError(f"--dyn_rec_depth {rec_depth} needs --dyn_hidden equal to --dyn_deter")
-        self.stoch_shape = (stoch, classes) if classes else (stoch,)
-        self.logit_shape = (stoch, classes) if classes else (2, stoch)
-        self.deter, self.embed, self.classes, self.unimix = deter, embed, classes, unimix
-        self.shared, self.temp_post, self.rec_depth = shared, temp_post, rec_depth
-        self.mean_act, self.std_act, self.min_std = mean_act, std_act, min_std
+        self.stoch_shape = (stoch, discrete) if discrete else (stoch,)
+        self.logit_shape = (stoch, discrete) if discrete else (2, stoch)
+        self.actions = actions
+        self.embed = embed
+        self.deter = deter
+        self.classes = discrete
+        self.unimix = unimix_ratio
+        self.shared = shared
+        self.temp_post = temp_post
+        self.rec_depth = rec_depth
+        self.mean_act = mean_act
+        self.std_act = std_act
+        self.min_std = min_std
         self.stoch_size = math.prod(self.stoch_shape)
         self.feat_size = self.stoch_size + deter
 
-        # The first layers see several inputs side by side; their products are taken one by one (see `split_linear`).
+        # The first layers see several inputs side by side; each has its own product (see `split_linear`).
         self.input_sizes = [self.stoch_size, actions] + [embed] * shared
         self.post_sizes = [deter] * temp_post + [embed]
         self.input = dense_blocks(sum(self.input_sizes), hidden, input_layers, act, norm)
@@ -737,9 +776,8 @@ class RSSM(nn.Module):
         self.prior_head = nn.Linear(hidden, math.prod(self.logit_shape))
         self.post_hidden = dense_blocks(sum(self.post_sizes), hidden, output_layers, act, norm)
         self.post_head = nn.Linear(hidden, math.prod(self.logit_shape))
-        self.projector = nn.Linear(self.feat_size, projection, bias=False)
-        for layer in (self.prior_head, self.post_head, self.projector):
-            init_truncated(layer)
+        init_truncated(self.prior_head)
+        init_truncated(self.post_head)
         self.initial_deter = nn.Parameter(torch.zeros(1, deter)) if initial == "learned" else None
 
     def dist(self, logit: Tensor) -> OneHot | Normal:
@@ -774,34 +812,36 @@ class RSSM(nn.Module):
 
     def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
         """q(z | h, e) for any leading axes."""
-        return self._posterior(deter, self._embed_part(embed), self._products(), sample)
+        return self._posterior(deter, self._embed_part(embed), self._step_layers(), sample)
 
     def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
         """One step of imagination: the prior after `action` (..., A). `embed` serves `shared` posteriors only."""
-        return self.prior(self._recur(state, self._action_part(action, embed), self._products()), sample)
+        return self.prior(self._recur(state, self._action_part(action, embed), self._step_layers()), sample)
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
         """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
         inputs = self._filter_inputs(embed, action, is_first)
-        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), self._products(), sample)
+        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), self._step_layers(), sample)
 
-    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, State]:
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, sample: bool = True) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
         # Tracing (`fullgraph`) cannot follow gradients that are collected on the side.
-        products = self._products(linear_once if torch.compiler.is_compiling() else RepeatedLinear)
+        layers = self._step_layers(linear_layer if torch.compiler.is_compiling() else SequenceLinear)
         initial = self.initial(is_first.shape[:1])
         # What does not depend on the recurrence is computed for all steps at once.
         steps = zip(*(x.unbind(1) for x in (*self._filter_inputs(embed, action, is_first), is_first)), strict=True)
         state, posts = initial, []
         for action_part, embed_part, first in steps:
-            state = self._filter(state, action_part, embed_part, first, initial, products)
+            state = self._filter(state, action_part, embed_part, first, initial, layers, sample)
             posts.append(state)
         post = stack_states(posts, 1)
         if self.shared:
-            return post, self.img_step(self.shift(post, is_first), torch.where(is_first.unsqueeze(-1), 0.0, action))
-        return post, self.prior(post.deter)
+            action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+            return post, self.img_step(self.shift(post, is_first), action, sample)
+        return post, self.prior(post.deter, sample)
 
     def _filter_inputs(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
+        """What action and embedding add to their first layers, (..., H) each; needs no recurrence."""
         action = torch.where(is_first.unsqueeze(-1), 0.0, action)
         return self._action_part(action, embed), self._embed_part(embed)
 
@@ -812,18 +852,19 @@ class RSSM(nn.Module):
         embed_part: Tensor,
         is_first: Tensor,
         initial: State,
-        products: Products,
-        sample: bool = True,
+        layers: StepLayers,
+        sample: bool,
     ) -> State:
-        deter = self._recur(where_state(is_first, initial, state), action_part, products)
-        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, products, sample)
+        """The posterior of one step from prepared inputs (see `_filter_inputs`)."""
+        deter = self._recur(where_state(is_first, initial, state), action_part, layers)
+        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, layers, sample)
 
-    def _products(self, linear: Callable[..., Callable[[Tensor], Tensor]] = linear_once) -> Products:
-        """The products that a step takes, made by `linear(weight, bias)`."""
+    def _step_layers(self, linear: Callable[..., Layer] = linear_layer) -> StepLayers:
+        """The layers of one step, each made by `linear(weight, bias)`."""
         stoch = split_linear(self.input, self.input_sizes)[0]
         deter = split_linear(self.post_hidden, self.post_sizes)[0] if self.temp_post else None
         head = self.post_head
-        return Products(
+        return StepLayers(
             stoch=linear(stoch),
             gru=linear(self.cell.linear.weight),
             deter=None if deter is None else linear(deter),
@@ -840,30 +881,26 @@ class RSSM(nn.Module):
         """Share of the embedding in the posterior's first layer, (..., H)."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
-    def _recur(self, state: State, action_part: Tensor, products: Products) -> Tensor:
+    def _recur(self, state: State, action_part: Tensor, layers: StepLayers) -> Tensor:
         """h' = GRU(z, h, a), shape (..., D)."""
-        x = products.stoch(state.stoch.reshape(*state.deter.shape[:-1], -1)) + action_part
+        x = layers.stoch(state.stoch.reshape(*state.deter.shape[:-1], -1)) + action_part
         for layer in list(self.input)[1:]:
             x = layer(x)
         for _ in range(self.rec_depth):
-            x = self.cell(x, state.deter, products.gru)
+            x = self.cell(x, state.deter, layers.gru)
         return x
 
-    def _posterior(self, deter: Tensor, embed_part: Tensor, products: Products, sample: bool) -> State:
-        x = embed_part if products.deter is None else embed_part + products.deter(deter)
+    def _posterior(self, deter: Tensor, embed_part: Tensor, layers: StepLayers, sample: bool) -> State:
+        x = embed_part if layers.deter is None else embed_part + layers.deter(deter)
         for layer in list(self.post_hidden)[1:]:
             x = layer(x)
-        return self._latent(deter, products.post(x), sample)
+        return self._latent(deter, layers.post(x), sample)
 
     def shift(self, state: State, is_first: Tensor) -> State:
         """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""
         initial = self.initial(is_first.shape[:1])
         previous = State(*(torch.cat([i.unsqueeze(1), x[:, :-1]], 1) for i, x in zip(initial, state, strict=True)))
         return where_state(is_first, initial.map(lambda x: x.unsqueeze(1)), previous)
-
-    def project(self, feat: Tensor) -> Tensor:
-        """Projection (..., F) -> (..., P) in which latents are reconstructed."""
-        return full(self.projector(feat))
 
     def _latent(self, deter: Tensor, out: Tensor, sample: bool) -> State:
         logit = full(out).reshape(*deter.shape[:-1], *self.logit_shape)
@@ -880,3 +917,55 @@ class RSSM(nn.Module):
             logit = torch.stack([mean, std + self.min_std], -2)
         dist = self.dist(logit)
         return State(deter, dist.sample() if sample else dist.mode, logit)
+
+
+# --- representations ------------------------------------------------------------------------------------------------
+
+
+class Filtered(NamedTuple):
+    """What a representation makes of a batch, all (B,T,*): embedding, posterior, prior, and features of the posterior.
+
+    A method may return a tuple with further fields; these four and `start` are what everything else reads.
+    """
+
+    embed: Tensor
+    post: State
+    prior: State
+    feat: Tensor
+
+    @property
+    def start(self) -> State:
+        """The states from which imagination begins, without gradient."""
+        return self.post.detach()
+
+
+class Representation(nn.Module):
+    """Encoder and latent dynamics over a batch. Alone, it learns from reward, continuation and KL; methods extend it.
+
+    A method adds networks of its own (`predict`), losses (`losses`) with their weights (`scales`), and what follows an
+    update (`after_update`). Acting, imagination, probes and figures use `encoder` and `dynamics` only. Parameters that
+    require gradients are trained by the world model's optimiser.
+    """
+
+    def __init__(self, encoder: Encoder, dynamics: RSSM):
+        super().__init__()
+        self.encoder = encoder
+        self.dynamics = dynamics
+        self.scales: dict[str, float] = {}  # weight of each loss
+
+    def forward(self, data: dict[str, Tensor], mask: Tensor | None = None) -> Filtered:
+        """Filter preprocessed `data`: observations, action (B,T,A) and is_first (B,T). Only HRSSM reads `mask`."""
+        embed = self.encoder(data)
+        post, prior = self.dynamics.observe(embed, data["action"], data["is_first"])
+        return Filtered(embed, post, prior, post.feat)
+
+    def predict(self, filtered: Filtered) -> dict[str, Tensor]:
+        """Outputs of the method's own networks, in full precision; runs under autocast."""
+        return {}
+
+    def losses(self, data: dict[str, Tensor], filtered: Filtered, predicted: dict[str, Tensor]) -> dict[str, Tensor]:
+        """0-d losses before their weights, by name; outside autocast, without side effects."""
+        return {}
+
+    def after_update(self) -> None:
+        """Called once after each optimiser step, for moving averages."""

@@ -6,6 +6,7 @@ import ctypes
 import difflib
 import fcntl
 import importlib.metadata
+import inspect
 import io
 import json
 import math
@@ -33,6 +34,7 @@ import torch
 # process) is there before it.
 import torch._dynamo
 import torch.distributed as dist
+import torch.utils._pytree as pytree
 import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -116,6 +118,7 @@ CHOICES = {
     "imag_gradient": "dynamics|reinforce|both",
     "img_source": "video|images|color|noise",
     "initial": "learned|zeros",
+    "method": "hrssm|dreamer|rssm|repo|r2dreamer|infonce",
     "on_nan": "stop|skip",
     "opt": "adam|adamax|nadam|sgd|momentum",
     "precision": "32|16",
@@ -179,6 +182,16 @@ def convert(value, default, name: str):
     if math.isfinite(number):
         return number
     raise UserError(f"{name} takes a number, not {value!r}")
+
+
+def options_of(constructor: Callable, config, *prefixes: str) -> dict:
+    """The keyword arguments of `constructor` that `config` has an option for: `prefix_name`, else `name`."""
+    options = {}
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        known = [option for option in (*(f"{prefix}_{name}" for prefix in prefixes), name) if hasattr(config, option)]
+        if known and parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            options[name] = getattr(config, known[0])
+    return options
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -461,13 +474,24 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def gather_ranks(x: Tensor) -> Tensor:
-    """Rows (n, ...) of every rank -> (ranks * n, ...), without gradient."""
+def gather_ranks(x: Tensor, gradient: bool = False) -> Tensor:
+    """Rows (n, ...) of every rank -> (ranks * n, ...).
+
+    With `gradient` the own rows carry theirs, times the number of ranks: averaged over ranks (`average_ranks`), the
+    gradient of a loss on all rows is then that of one process.
+    """
     if not several_ranks():
         return x
-    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, x.detach().contiguous())
-    return torch.cat(found)
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    if gradient:
+        parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
+    return torch.cat(parts)
+
+
+def rank() -> int:
+    """Number of this process among those that train together."""
+    return dist.get_rank() if several_ranks() else 0
 
 
 def average_ranks(tensors: list[Tensor]) -> None:
@@ -618,40 +642,53 @@ class Optimizer:
                 value.copy_(state["state"][index][key])
 
 
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, rate: float | Tensor) -> None:
+    """target <- rate * online + (1 - rate) * target, over all parameters; a `rate` on the device is not looked at."""
+    targets = list(target.parameters())
+    weights = [rate] * len(targets) if isinstance(rate, Tensor) else rate
+    torch._foreach_lerp_(targets, list(online.parameters()), weights)
+
+
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------
 
 
 class CudaGraphs:
-    """Runs `function(tensors, **flags)` -> dict as a CUDA graph: thousands of kernels cost the host one launch.
+    """Runs `function` as a CUDA graph: thousands of kernels cost the host one launch.
 
-    For each combination of flags the first calls run as they are, the next is recorded, and from then on the recording
-    is played. So the function must do the same every time: fixed shapes, no look at a value, no state on the host.
-    Results lie in memory that the next call with the same flags overwrites.
+    Arguments are tensors, values that decide what is done, and nests of both. For each combination of values and shapes
+    the first calls run as they are, the next is recorded, and from then on the recording is replayed. So the function
+    must do the same every time: fixed shapes, no look at a tensor's value, no state on the host. Results lie in memory
+    that the next call of the same kind overwrites.
     """
 
     WARMUP = 3
 
-    def __init__(self, function: Callable[..., dict]):
+    def __init__(self, function: Callable):
         self.function, self.calls, self.graphs = function, {}, {}
         self.stream = torch.cuda.Stream()
 
-    def __call__(self, tensors: dict[str, Tensor], **flags: bool) -> dict:
-        key = (*flags.values(), *((name, x.shape) for name, x in tensors.items()))
+    def __call__(self, *args, **kwargs):
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        key = (structure, *(x.shape if isinstance(x, Tensor) else x for x in leaves))
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= self.WARMUP:
             # Not on the default stream, where allocations and library workspaces would differ from those recorded.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                found = self.function(tensors, **flags)
+                outputs = self.function(*args, **kwargs)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return found
+            return outputs
         if key not in self.graphs:
-            graph, inputs = torch.cuda.CUDAGraph(), {name: x.clone() for name, x in tensors.items()}
+            graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
+            static = iter(inputs)
+            args, kwargs = structure.unflatten([next(static) if isinstance(x, Tensor) else x for x in leaves])
             with torch.cuda.graph(graph):
-                outputs = self.function(inputs, **flags)
+                outputs = self.function(*args, **kwargs)
             self.graphs[key] = graph, inputs, outputs
         graph, inputs, outputs = self.graphs[key]
-        torch._foreach_copy_(list(inputs.values()), [tensors[name] for name in inputs], non_blocking=True)
+        torch._foreach_copy_(inputs, tensors, non_blocking=True)
         graph.replay()
         return outputs
 

@@ -6,9 +6,9 @@ Facts about poses, cameras and rooms from the public code of RePo and HRSSM.
 from pathlib import Path
 
 import numpy as np
+from dm_control.utils.rewards import tolerance
 
 from envs.maniskill import import_mani_skill
-from envs.realistic_maniskill import BASE, CUBE, GOALS, cube_reward
 
 import_mani_skill()
 
@@ -30,6 +30,10 @@ MATTERPORT = Pose(q=[0, 0, 0, 1]), Pose([0, 0, -0.8])
 REPLICA_CAD = Pose(q=[0.707, 0.707, 0, 0]), Pose([2, 3, -0.8])
 REPLICA_CAD_FOLDER = "hab2_bench_assets"  # as its archive names it
 RENDER_SIZE = 256
+# Metres: where robot and cube stand in the cube tasks, and half the cube's edge.
+BASE, CUBE, HALF_SIZE = (-0.615, 0.0, 0.05), (0.0, 0.0, 0.02), 0.02
+GOALS = {"push_cube": (0.2, 0.2, 0.0), "lift_cube": (0.0, 0.0, 0.3), "pick_cube": (0.1, 0.0, 0.3)}
+THRESHOLD = 0.025  # metres from the goal that count as there
 
 
 class InRoom:
@@ -92,6 +96,32 @@ class FixedCube(FixedStart):
         fingers = np.linalg.norm(self.agent.finger1_link.pose.p - self.agent.finger2_link.pose.p)
         grasped = self.agent.check_grasp(self.obj, max_angle=30)
         return cube_reward(self.name, self.obj.pose.p, self.tcp.pose.p, fingers, grasped)
+
+
+def cube_reward(task: str, cube: np.ndarray, tcp: np.ndarray, fingers: float, grasped: bool) -> float:
+    """Reward of the cube tasks; cube and tool centre (3,) and the distance between the fingers in metres.
+
+    1 for reaching, 0.5 for closing the gripper around the cube, and for a grasped cube 5 for the way to the goal
+    (push), its height (lift), or its height and then its place (pick). Numbers from the public code of RePo and HRSSM.
+    """
+    goal, start, base = np.array(GOALS[task]), np.array(CUBE), np.array(BASE)
+    distance = np.linalg.norm(cube - tcp)
+    reward = tolerance(distance, (0, HALF_SIZE), margin=np.linalg.norm(start - base), sigmoid="long_tail")
+    if distance < HALF_SIZE:
+        reward += 0.5 * tolerance(fingers, (0, 2 * HALF_SIZE), margin=HALF_SIZE, sigmoid="linear")
+    if not grasped:
+        return float(reward)
+
+    def near(part: slice) -> float:
+        margin = np.linalg.norm(goal[part] - start[part])
+        return tolerance(np.linalg.norm(goal[part] - cube[part]), (0, THRESHOLD), margin=margin, sigmoid="linear")
+
+    if task == "push_cube":
+        return float(reward + 5 * near(slice(3)))
+    reward += 5 * near(slice(2, 3))
+    if task == "pick_cube" and abs(goal[2] - cube[2]) < THRESHOLD:
+        reward += 5 * near(slice(2))
+    return float(reward)
 
 
 class PushCube(FixedCube, PickCubeEnv):

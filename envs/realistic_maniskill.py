@@ -13,7 +13,6 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
-from dm_control.utils.rewards import tolerance
 
 from envs import assets
 from envs.maniskill import CONTROL, ManiSkill, check_simulator
@@ -30,10 +29,6 @@ MODELS = {
     "plug_charger": None,
     "panda_avoid_obstacles": "avoid_obstacles/panda_train_2k.json.gz",
 }
-# Metres: where robot and cube stand in the cube tasks, and half the cube's edge.
-BASE, CUBE, HALF_SIZE = (-0.615, 0.0, 0.05), (0.0, 0.0, 0.02), 0.02
-GOALS = {"push_cube": (0.2, 0.2, 0.0), "lift_cube": (0.0, 0.0, 0.3), "pick_cube": (0.1, 0.0, 0.3)}
-THRESHOLD = 0.025  # metres from the goal that count as there
 
 
 def parse(rest: str) -> tuple[str, str, str]:
@@ -86,32 +81,6 @@ def find_scenes(pattern: str) -> list[str]:
         f"no scene matches {given} and {kept} has none: name .glb files with --scene_files, or make rooms to try with "
         "python setup/download.py demo"
     )
-
-
-def cube_reward(task: str, cube: np.ndarray, tcp: np.ndarray, fingers: float, grasped: bool) -> float:
-    """Reward of the cube tasks; cube and tool centre (3,) and the distance between the fingers in metres.
-
-    1 for reaching, 0.5 for closing the gripper around the cube, and for a grasped cube 5 for the way to the goal
-    (push), its height (lift), or its height and then its place (pick). Numbers from the public code of RePo and HRSSM.
-    """
-    goal, start, base = np.array(GOALS[task]), np.array(CUBE), np.array(BASE)
-    distance = np.linalg.norm(cube - tcp)
-    reward = tolerance(distance, (0, HALF_SIZE), margin=np.linalg.norm(start - base), sigmoid="long_tail")
-    if distance < HALF_SIZE:
-        reward += 0.5 * tolerance(fingers, (0, 2 * HALF_SIZE), margin=HALF_SIZE, sigmoid="linear")
-    if not grasped:
-        return float(reward)
-
-    def near(part: slice) -> float:
-        margin = np.linalg.norm(goal[part] - start[part])
-        return tolerance(np.linalg.norm(goal[part] - cube[part]), (0, THRESHOLD), margin=margin, sigmoid="linear")
-
-    if task == "push_cube":
-        return float(reward + 5 * near(slice(3)))
-    reward += 5 * near(slice(2, 3))
-    if task == "pick_cube" and abs(goal[2] - cube[2]) < THRESHOLD:
-        reward += 5 * near(slice(2))
-    return float(reward)
 
 
 def _build(name: str, size: tuple[int, int], models: str | None):

@@ -21,6 +21,7 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer
 import envs
+import models
 import tools
 from figures import robustness
 
@@ -33,18 +34,6 @@ def load_replay(config, state: dict, folder: Path) -> tools.Replay:
     return replay
 
 
-def train_probe(agent: dreamer.Agent, replay: tools.Replay, updates: int) -> float:
-    """Mean loss of the last tenth of `updates`; the world model stays as it is."""
-    model, losses = agent.world_model, []
-    for _ in trange(updates, unit="update", disable=None):
-        batch = replay.sample()
-        with torch.no_grad():
-            data = model.preprocess(batch)
-            post, _ = model.rssm.observe(model.hybrid.encoder(data), data["action"], data["is_first"])
-        losses.append(agent.probe.update(model, batch, post)["probe_loss"].item())
-    return float(np.mean(losses[-max(1, updates // 10) :]))
-
-
 def run(args) -> None:
     logdir, out = Path(args.logdir), Path(args.out)
     config, checkpoint = robustness.load(args.logdir, args)
@@ -55,7 +44,9 @@ def run(args) -> None:
         agent = dreamer.make_agent(config, vec.observation_space, vec.action_space)
         if not args.untrained:
             dreamer.load_agent(agent, checkpoint["agent"])
-        loss = train_probe(agent, load_replay(config, checkpoint["replay"], logdir / "replay"), args.updates)
+        replay = load_replay(config, checkpoint["replay"], logdir / "replay")
+        batches = (replay.sample() for _ in trange(args.updates, unit="update", disable=None))
+        loss = models.fit_probe(agent.probe, agent.world_model, batches)
         seen = []
         dreamer.evaluate(agent, vec, 1, seen=seen)
     finally:

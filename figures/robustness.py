@@ -30,100 +30,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dreamer
 import envs
+import models
 import tools
-from networks import stack_states
+from envs import paired
 
-NUMBERS = ("denoising_factor", "action_agreement", "value_agreement")
-COLUMNS = ("run", "task", *NUMBERS, "same", "other", "return", "of_clean")
-
-
-def play(env, actions: np.ndarray, seed: int, distraction_seed: int) -> dict[str, np.ndarray]:
-    """Observations (T+1,...) of an episode with `actions` (T,A)."""
-    observations = [env.reset(seed=seed, options={"distraction_seed": distraction_seed})[0]]
-    observations += [env.step(action)[0] for action in actions]
-    return {key: np.stack([row[key] for row in observations]) for key in observations[0]}
-
-
-def clean_task(task: str) -> str:
-    """The task without its variant; UserError if it is not one of the control suite."""
-    parsed = envs.parse_task(task)
-    if parsed.suite != "dmc":
-        raise tools.UserError(f"{task}: robustness is measured on tasks of the control suite, such as dmc_walker_stand")
-    return "_".join(parsed[:3])
-
-
-def render(
-    task: str, options: dict, *, draws: int = 4, episodes: int = 2, steps: int = 50, seed: int = 0
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Observations (draws, episodes, steps, ...) and the actions that led to them (episodes, steps, A).
-
-    `options` are those of `envs.prepare`. Raises RuntimeError if the simulators do not move alike.
-    """
-    steps = min(steps, options["time_limit"])
-    env = envs.make(clean_task(task), seed=seed, **options)
-    actions = np.random.default_rng(seed).uniform(-1.0, 1.0, (episodes, steps, *env.action_space.shape))
-    actions = actions.astype(np.float32)
-    clean = [play(env, actions[e, 1:], e, 0) for e in range(episodes)]
-    env.close()
-    seen = []
-    for k in range(draws):
-        # A stream beside those of training and evaluation.
-        env = envs.make(task, seed=np.random.SeedSequence([seed, len(envs.STREAMS), k]), **options)
-        seen.append([play(env, actions[e, 1:], e, k * episodes + e) for e in range(episodes)])
-        env.close()
-        for observed, expected in zip(seen[-1], clean, strict=True):
-            envs.check_same_state(observed, expected)
-    return {key: np.array([[row[key] for row in rows] for rows in seen]) for key in seen[0][0]}, actions
-
-
-@torch.no_grad()
-def encode(agent, obs: dict[str, np.ndarray], actions: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (K,S,F), actions (K,S,A) and values (K,S,1) for observations (K,E,T,...), S = E T states."""
-    draws, episodes, steps = next(iter(obs.values())).shape[:3]
-    model, rssm = agent.world_model, agent.world_model.rssm
-    rows = {key: value.reshape(-1, *value.shape[2:]) for key, value in obs.items()}
-    first = np.broadcast_to(np.arange(steps) == 0, (draws * episodes, steps))
-    data = model.preprocess({**rows, "action": np.tile(actions, (draws, 1, 1)), "is_first": first.copy()})
-    embed, state, states = model.hybrid.encoder(data), rssm.initial((draws * episodes,)), []
-    for t in range(steps):
-        state = rssm.obs_step(state, data["action"][:, t], embed[:, t], data["is_first"][:, t], sample=False)
-        states.append(state)
-    state = stack_states(states, 1)
-    dist = rssm.dist(state.logit)
-    expected = dist.log_probs.exp() if rssm.classes else dist.mode
-    latent = state._replace(stoch=expected).feat
-    found = latent, agent.actor_critic.actor(state.feat).mode, agent.actor_critic.critic(state.feat).mode
-    return tuple(x.reshape(draws, episodes * steps, -1).double() for x in found)
-
-
-def denoising_factor(latent: Tensor) -> dict[str, float]:
-    """Latents (K,S,F) of S states under K draws -> the factor and the two mean distances."""
-    draws, states = latent.shape[:2]
-    distance = torch.cdist(latent.flatten(0, 1), latent.flatten(0, 1)).reshape(draws, states, draws, states)
-    alike = distance.diagonal(dim1=1, dim2=3)  # (K, K, S)
-    same = alike.sum() / (states * draws * (draws - 1))
-    other = (distance.sum() - alike.sum()) / (states * (states - 1) * draws * draws)
-    factor = (other - same) / (other + same)
-    return {"denoising_factor": factor.item(), "same": same.item(), "other": other.item()}
-
-
-def agreement(x: Tensor) -> float:
-    """Share of the variance of x (K,S,D) that is not between draws; NaN if x is constant."""
-    return (1.0 - x.var(0).mean(0).sum() / x.flatten(0, 1).var(0).sum()).item()
-
-
-def measure(agent, obs: dict[str, np.ndarray], actions: np.ndarray) -> dict[str, float]:
-    """The numbers of an agent on what `render` returned. Draws no random numbers."""
-    latent, action, value = encode(agent, obs, actions)
-    agreements = {"action_agreement": agreement(action), "value_agreement": agreement(value)}
-    return denoising_factor(latent) | agreements
-
-
-# --- the command ----------------------------------------------------------------------------------------------------
+COLUMNS = ("run", "task", *models.ROBUSTNESS, "same", "other", "return", "of_clean")
 
 
 def load(logdir: str, args) -> tuple[SimpleNamespace, dict]:
@@ -148,14 +63,16 @@ def find_tasks(config, options: dict, asked: str) -> list[str]:
     if tasks:
         for task in tasks:
             if envs.parse_task(task)[:3] != envs.parse_task(config.task)[:3] or not envs.parse_task(task).variant:
-                raise tools.UserError(f"--task {task}: give variants of {clean_task(config.task)}, such as ..._video")
+                raise tools.UserError(
+                    f"--task {task}: give variants of {paired.clean_task(config.task)}, such as ..._video"
+                )
         return list(dict.fromkeys(tasks))
     from envs.dmc import VARIANTS
 
     for variant in VARIANTS:
         try:
-            envs.prepare(f"{clean_task(config.task)}_{variant}", **options)
-            tasks.append(f"{clean_task(config.task)}_{variant}")
+            envs.prepare(f"{paired.clean_task(config.task)}_{variant}", **options)
+            tasks.append(f"{paired.clean_task(config.task)}_{variant}")
         except envs.EnvError as error:
             tools.warn(f"{variant} left out: {error}")
     return tasks
@@ -177,7 +94,7 @@ def draw(rows: list[dict], pictures: dict[str, np.ndarray], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [name for name in (*NUMBERS, "return") if any(name in row for row in rows)]
+    names = [name for name in (*models.ROBUSTNESS, "return") if any(name in row for row in rows)]
     runs = list(dict.fromkeys(row["run"] for row in rows))
     figure = plt.figure(figsize=(14, 2.2 + 1.1 * len(pictures) + 0.25 * len(runs)), layout="constrained")
     above, below, foot = figure.subfigures(3, 1, height_ratios=[1.1 * len(pictures), 2.2, 0.25 * len(runs)])
@@ -205,13 +122,11 @@ def draw(rows: list[dict], pictures: dict[str, np.ndarray], path: Path) -> None:
 
 
 def run(args) -> None:
-    import dreamer
-
     rows, pictures = [], {}
     for logdir in args.logdir:
         config, checkpoint = load(logdir, args)
         options = dreamer.env_options(config)
-        tasks, clean = find_tasks(config, options, args.task), clean_task(config.task)
+        tasks, clean = find_tasks(config, options, args.task), paired.clean_task(config.task)
         space = envs.make(clean, **options)
         torch.manual_seed(config.seed)
         agent = dreamer.make_agent(config, space.observation_space, space.action_space)
@@ -227,10 +142,11 @@ def run(args) -> None:
             if task == clean:
                 rows.append({"run": logdir, "task": task, "return": returns[task], "of_clean": 1.0})
                 continue
-            obs, actions = render(task, options, draws=args.draws, steps=args.steps)
+            obs, actions = paired.render(task, options, draws=args.draws, steps=args.steps)
             pictures.setdefault(task, obs["image"][:, 0, -1])
             for name, found in agents.items():
-                rows.append({"run": name, "task": task} | measure(found, obs, actions))
+                measured = models.measure_robustness(found.world_model, found.actor_critic, obs, actions)
+                rows.append({"run": name, "task": task} | measured)
                 if args.episodes and found is agent:
                     rows[-1] |= {"return": returns[task], "of_clean": returns[task] / returns[clean]}
     print(table(rows))

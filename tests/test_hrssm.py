@@ -72,7 +72,7 @@ def test_bad_mask_options(option):
 
 def test_hidden_pixels_are_mid_grey_and_the_rest_is_untouched():
     agent, batch = make_agent(), make_batch()
-    hybrid = agent.world_model.hybrid
+    hybrid = agent.world_model.representation
     obs = agent.world_model.preprocess(batch)
     mask = hybrid.cube_mask.draw(obs["image"].shape[1])
     seen = hybrid.hide(obs, mask)["image"]
@@ -159,13 +159,13 @@ def test_reward_scale_of_the_bisimulation_loss():
 def test_raw_branch_shares_history_and_shifts_by_one(monkeypatch):
     """Its posterior sits on the mask branch's recurrent state; its prior is one EMA step from the shifted posterior."""
     agent, batch = make_agent(), make_batch(resets=[(0, 0), (1, 0), (1, 5)])
-    hybrid = agent.world_model.hybrid
+    hybrid = agent.world_model.representation
     data = agent.world_model.preprocess(batch)
     with torch.no_grad():
-        for parameter in hybrid.raw_rssm.parameters():
+        for parameter in hybrid.raw_dynamics.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        out = hybrid(data, data["action"], data["is_first"])
-        raw = hybrid.raw_rssm
+        out = hybrid(data)
+        raw = hybrid.raw_dynamics
         initial = raw.initial(())
         assert torch.equal(out.raw_post.deter, out.post.deter)
         for b in range(2):
@@ -182,10 +182,10 @@ def test_gradient_routing():
     loss, branches, _ = agent.world_model.loss(batch)
     loss.backward()
     without = {".".join(name.split(".")[:3]) for name, p in agent.named_parameters() if p.grad is None}
-    raw = {"world_model.hybrid.raw_encoder", "world_model.hybrid.raw_rssm"}
+    raw = {f"world_model.representation.raw_{part}" for part in ("encoder", "dynamics", "projector")}
     assert {name for name in without if name.startswith("world_model")} == raw
     assert all(p.grad is None for p in agent.actor_critic.parameters())
-    assert all(p.grad.any() for p in agent.world_model.hybrid.online_parameters())
+    assert all(p.grad.any() for p in agent.world_model.representation.parameters() if p.requires_grad)
     assert not any(x.requires_grad for x in (*branches.raw_post, *branches.raw_prior))
 
 
@@ -193,15 +193,15 @@ def test_gradient_routing():
 def test_projector_is_trained_by_latent_reconstruction_alone(flags, trained):
     agent = make_agent(**flags)
     agent.world_model.loss(make_batch())[0].backward()
-    assert (agent.world_model.rssm.projector.weight.grad is not None) == trained
+    assert (agent.world_model.representation.projector.weight.grad is not None) == trained
 
 
 def test_ema_follows_with_its_rates():
     agent, batch = make_agent(encoder_tau=0.25, dynamics_tau=0.5), make_batch()
-    hybrid = agent.world_model.hybrid
+    hybrid = agent.world_model.representation
     before = {k: v.clone() for k, v in hybrid.state_dict().items()}
     agent.world_model.update(batch)
-    for part, raw, rate in (("encoder", "raw_encoder", 0.25), ("rssm", "raw_rssm", 0.5)):
+    for part, raw, rate in (("encoder", "raw_encoder", 0.25), ("dynamics", "raw_dynamics", 0.5)):
         for name, online in getattr(hybrid, part).named_parameters():
             expected = rate * online + (1 - rate) * before[f"{raw}.{name}"]
             torch.testing.assert_close(getattr(hybrid, raw).get_parameter(name), expected.detach())

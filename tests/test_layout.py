@@ -1,4 +1,4 @@
-"""The fixed layout: which files exist, and that imports form one line."""
+"""The fixed layout: which files exist, and that imports point one way."""
 
 import ast
 import importlib.util
@@ -9,30 +9,104 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINE = ["tools", "networks", "hrssm", "models", "exploration", "dreamer"]
-OTHERS = ["configs.yaml", "envs", "setup", "figures", "tests", "README.md", "LICENSE", "pyproject.toml"]
+# tools <- networks <- {hrssm, models} <- exploration <- dreamer: a module may import those of earlier levels.
+LEVELS = [["tools"], ["networks"], ["hrssm", "models"], ["exploration"], ["dreamer"]]
+TOP = [name for level in LEVELS for name in level]
+FOLDERS = ["envs", "setup", "figures", "tests"]
+OTHERS = ["configs.yaml", *FOLDERS, "README.md", "LICENSE", "pyproject.toml"]
+
+
+def find_modules(root: Path) -> dict[str, Path]:
+    """Dotted name -> file of every module of the repository; a package has the name of its folder."""
+    paths = [*root.glob("*.py"), *(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))]
+    names = [path.relative_to(root).with_suffix("").parts for path in paths]
+    return {".".join(parts).removesuffix(".__init__"): path for parts, path in zip(names, paths, strict=True)}
 
 
 def imported(path: Path) -> set[str]:
-    """First parts of all absolute module names that a file imports, also inside functions."""
+    """Dotted names that a file imports, inside functions too; `from a import b` gives `a.b`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module.split(".")[0])
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: import by absolute name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
+def top_names(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Module -> modules of the repository that it imports; `from envs import video` is an import of `envs.video`."""
+    modules = find_modules(root)
+
+    def resolve(name: str) -> str:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {name: {resolve(other) for other in imported(path)} - {""} for name, path in modules.items()}
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one import circle, or [] if there is none."""
+    cleared: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name not in cleared:
+            for target in sorted(graph[name]):
+                if circle := visit(target, [*path, name]):
+                    return circle
+            cleared.add(name)
+        return []
+
+    return next((circle for name in sorted(graph) if (circle := visit(name, []))), [])
+
+
 def test_top_level():
-    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(LINE)
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(TOP)
     assert [name for name in OTHERS if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("name", LINE)
+@pytest.mark.parametrize("name", TOP)
 def test_imports_form_a_line(name):
-    allowed = set(LINE[: LINE.index(name)])
-    assert imported(ROOT / f"{name}.py") & set(LINE) <= allowed
+    level = next(i for i, names in enumerate(LEVELS) if name in names)
+    allowed = {other for names in LEVELS[:level] for other in names}
+    assert top_names(ROOT / f"{name}.py") & {*TOP, "figures", "tests"} <= allowed
+
+
+def test_nothing_imports_figures():
+    for folder in ("envs", "setup"):
+        files = sorted((ROOT / folder).rglob("*.py"))
+        assert files
+        assert [path.name for path in files if top_names(path) & {"figures", "tests"}] == []
+    assert [path.name for path in (ROOT / "figures").glob("*.py") if "tests" in top_names(path)] == []
+
+
+def test_no_import_circles():
+    graph = import_graph(ROOT)
+    assert {"figures.plot", "envs.paired", "setup.download"} <= graph.keys()
+    assert "models" in graph["dreamer"] and "envs.task" in graph["envs.vector"]
+    assert find_circle(graph) == []
+
+
+def test_an_import_circle_is_found(tmp_path):
+    """Three modules, one import hidden in a function, one through a package."""
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "__init__.py").write_text("import json\nimport outside\n")
+    (tmp_path / "envs" / "a.py").write_text("import envs\nfrom envs.b import x\n")
+    (tmp_path / "envs" / "b.py").write_text("def f():\n    import c\n")
+    (tmp_path / "c.py").write_text("import os\n")
+    graph = import_graph(tmp_path)
+    assert graph == {"envs": set(), "envs.a": {"envs", "envs.b"}, "envs.b": {"c"}, "c": set()}
+    assert find_circle(graph) == []
+    (tmp_path / "c.py").write_text("from envs import a\n")
+    assert sorted(find_circle(import_graph(tmp_path))) == ["c", "envs.a", "envs.b"]
 
 
 def unsafe(tree: ast.AST) -> list[str]:
@@ -77,7 +151,7 @@ def test_environments_stand_alone():
     files = sorted((ROOT / "envs").rglob("*.py"))
     assert files
     for path in files:
-        assert not imported(path) & {*LINE, "torch"}, path
+        assert not top_names(path) & {*TOP, "setup", "torch"}, path
 
 
 def test_environments_do_not_load_torch():

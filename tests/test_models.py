@@ -113,13 +113,13 @@ def test_softmax_of_short_rows(classes):
 @pytest.mark.parametrize(
     ("steps", "bias", "bf16"), [(1, True, False), (7, True, False), (7, False, False), (7, True, True)]
 )
-def test_repeated_linear_is_a_linear_layer(steps, bias, bf16):
+def test_sequence_linear_is_a_linear_layer(steps, bias, bf16):
     """Values and all gradients of a recurrence, also of a second backward pass, are those of `F.linear` in float32."""
     weight = (0.4 * torch.randn(6, 4)).requires_grad_()
     offset = torch.randn(6, requires_grad=True) if bias else None
     start = torch.randn(3, 4, requires_grad=True)
     leaves, results = [x for x in (weight, offset, start) if x is not None], []
-    for make, low in ((networks.RepeatedLinear, bf16), (networks.linear_once, False)):
+    for make, low in ((networks.SequenceLinear, bf16), (networks.linear_layer, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             linear, x, total = make(weight, offset), start, 0.0
             for _ in range(steps):
@@ -153,9 +153,9 @@ def test_parameter_counts_of_the_default_size():
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    hybrid = agent.world_model.hybrid
-    assert count(hybrid.encoder) == 690_624
-    assert count(hybrid.rssm) == 5_825_024 + 512 * 3
+    representation = agent.world_model.representation
+    assert count(representation.encoder) == 690_624
+    assert count(representation.dynamics) + count(representation.projector) == 5_825_024 + 512 * 3
     assert count(agent.world_model.reward_head) == 1_181_439
     assert count(agent.world_model.cont_head) == 1_051_137
     assert count(agent.actor_critic.actor) == 1_050_624 + 1_026 * 3
@@ -195,8 +195,9 @@ def test_decoder_learns_to_reconstruct():
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        loss = decoder.loss(feat, obs)
-        assert loss.shape == (2, 8)
+        parts = decoder.losses(decoder(feat), obs)
+        assert parts.keys() == {"image", "position"} and all(part.shape == (2, 8) for part in parts.values())
+        loss = sum(parts.values())
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
@@ -206,7 +207,7 @@ def test_decoder_learns_to_reconstruct():
 
 def test_reset_inside_a_sequence_forgets_everything_before():
     agent = make_agent(unimix_ratio=0.0)
-    rssm = agent.world_model.rssm
+    rssm = agent.world_model.dynamics
     embed, action = torch.randn(1, 6, rssm.embed), torch.randn(1, 6, 3)
     first = torch.tensor([[True, False, False, True, False, False]])
     torch.manual_seed(1)
@@ -262,7 +263,7 @@ def test_actor_critic_gradients_stay_at_home(monkeypatch):
     monkeypatch.setattr(networks, "draw_onehot", lambda p: torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p))
     monkeypatch.setattr(networks, "draw_normal", torch.zeros_like)
     agent, batch = make_agent(), make_batch()
-    behavior, start = agent.actor_critic, agent.world_model.loss(batch)[1].raw_post.detach()
+    behavior, start = agent.actor_critic, agent.world_model.loss(batch)[1].start
     losses = behavior.loss(agent.world_model, start.map(lambda x: x.flatten(0, 1)))[:2]
     parts = (behavior.actor, behavior.critic)
     expected = [
@@ -277,7 +278,7 @@ def test_actor_critic_gradients_stay_at_home(monkeypatch):
         for parameter, grad in zip(part.parameters(), grads, strict=True):
             torch.testing.assert_close(parameter.grad, grad)
     fixed = {".".join(n.split(".")[:3]) for n, p in agent.named_parameters() if not p.requires_grad}
-    raw = {"world_model.hybrid.raw_encoder", "world_model.hybrid.raw_rssm"}
+    raw = {f"world_model.representation.raw_{part}" for part in ("encoder", "dynamics", "projector")}
     assert {n for n in fixed if "slow_critic" not in n} == raw, "nothing stays frozen that is trained"
 
 
@@ -285,7 +286,7 @@ def test_actor_critic_gradients_stay_at_home(monkeypatch):
 def test_policy_gradient_through_later_decisions(stop):
     """With `behavior_stop_grad` an action does not influence later actions' inputs as far as gradients go."""
     agent = make_agent(behavior_stop_grad=stop)
-    rssm = agent.world_model.rssm
+    rssm = agent.world_model.dynamics
     start = rssm.initial((3,)).detach()
     seen = []
     agent.actor_critic.actor.layers.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].requires_grad))
@@ -338,7 +339,12 @@ def test_every_variant_learns_and_acts(name):
     for key, value in metrics.items():
         assert np.isfinite(float(value)), key
     assert all(torch.equal(batch[k], copies[k]) for k in batch), "the batch was written to"
-    for part in ("world_model.hybrid.rssm", "world_model.hybrid.raw_rssm", "actor_critic.actor", "actor_critic.critic"):
+    for part in (
+        "world_model.representation.dynamics",
+        "world_model.representation.raw_dynamics",
+        "actor_critic.actor",
+        "actor_critic.critic",
+    ):
         changed = [not torch.equal(v, before[k]) for k, v in agent.named_parameters() if k.startswith(part + ".")]
         assert any(changed), f"{part} did not move"
     carry = None
@@ -362,7 +368,7 @@ def test_learning_fits_a_batch():
 def test_free_bits_cut_the_gradient():
     agent = make_agent(kl_free=1e6, nomlr=True, nosimsr=True, grad_heads=[])
     agent.world_model.loss(make_batch())[0].backward()
-    assert all(p.grad is None or not p.grad.any() for p in agent.world_model.hybrid.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in agent.world_model.representation.parameters())
 
 
 def test_slow_critic_cadence():
@@ -435,7 +441,7 @@ def test_probe_learns_the_clean_picture_and_leaves_the_rest_alone():
 def test_open_loop_sees_the_context_alone():
     agent = make_agent("--video_pred_log", "--decoder.cnn_depth", "4", vectors=True)
     batch = make_batch(rows=1, steps=8, resets=((0, 0),))
-    torch.nn.init.normal_(agent.probe.decoder.cnn["image"].linear.weight)
+    torch.nn.init.normal_(agent.probe.decoder.cnn.linear.weight)
 
     def rows(**changes):
         found = agent.probe.open_loop(agent.world_model, batch | changes, context=3)
@@ -470,7 +476,7 @@ def test_probe_needs_pictures():
 def test_losses_and_acting_are_one_graph():
     """What is recorded or compiled looks at no value on the way: each of the three is traced without a break.
 
-    Tracing takes plain linear layers in place of `RepeatedLinear`.
+    Tracing takes plain linear layers in place of `SequenceLinear`.
     """
     agent = make_agent(imag_horizon=3)
     batch = {key: value[:, :3] for key, value in make_batch().items()}
@@ -478,9 +484,9 @@ def test_losses_and_acting_are_one_graph():
     def trace(function):
         return torch.compile(function, fullgraph=True, backend="eager", dynamic=False)
 
-    loss, branches, _ = trace(agent.world_model.loss)(batch)
+    loss, filtered, _ = trace(agent.world_model.loss)(batch)
     assert torch.isfinite(loss)
-    start = branches.raw_post.map(lambda x: x.detach().flatten(0, 1))
+    start = filtered.start.map(lambda x: x.detach().flatten(0, 1))
     with models.frozen(agent.world_model):
         actor_loss, value_loss, _ = trace(agent.actor_critic.loss)(agent.world_model, start)
     assert torch.isfinite(actor_loss) and torch.isfinite(value_loss)

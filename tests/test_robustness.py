@@ -9,7 +9,9 @@ import torch
 
 import dreamer
 import envs
+import models
 import tools
+from envs import paired
 from envs.dmc import check_rendering
 from figures import robustness
 from tests.helpers import SMALL
@@ -31,7 +33,7 @@ def make_agent(*argv: str):
 def rendered():
     check_rendering()
     config = tools.load_config(SHORT)
-    return robustness.render(TASK, dreamer.env_options(config), draws=3, episodes=2, steps=5)
+    return paired.render(TASK, dreamer.env_options(config), draws=3, episodes=2, steps=5)
 
 
 def test_denoising_factor_against_its_definition():
@@ -45,18 +47,19 @@ def test_denoising_factor_against_its_definition():
         elif k != j:
             same.append(distance)
     same, other = np.mean(same), np.mean(other)
-    found = robustness.denoising_factor(latent)
-    assert found == pytest.approx({"denoising_factor": (other - same) / (other + same), "same": same, "other": other})
+    assert models.denoising_factor(latent) == pytest.approx(
+        {"denoising_factor": (other - same) / (other + same), "same": same, "other": other}
+    )
 
 
 def test_extremes():
     """1 if only the state matters; about 0 for agreement, and below 0 for the factor, if only the draw matters."""
     x = torch.randn(1, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     states, draws = x.expand(40, -1, -1), x[:, :40].transpose(0, 1).expand(-1, 50, -1)
-    assert robustness.denoising_factor(states)["denoising_factor"] == pytest.approx(1.0)
-    assert robustness.agreement(states) == pytest.approx(1.0)
-    assert robustness.denoising_factor(draws)["denoising_factor"] < 0
-    assert abs(robustness.agreement(draws)) < 0.05
+    assert models.denoising_factor(states)["denoising_factor"] == pytest.approx(1.0)
+    assert models.agreement(states) == pytest.approx(1.0)
+    assert models.denoising_factor(draws)["denoising_factor"] < 0
+    assert abs(models.agreement(draws)) < 0.05
 
 
 def test_one_state_many_distractions(rendered):
@@ -78,10 +81,10 @@ def test_an_agent_that_sees_no_picture_is_perfectly_robust(rendered):
     for agent in (vectors, pixels):
         torch.nn.init.normal_(agent.actor_critic.critic.out.weight)  # it starts with zeros
     before = torch.get_rng_state()
-    found, seen = robustness.measure(vectors, *rendered), robustness.measure(pixels, *rendered)
+    blind, seeing = (models.measure_robustness(a.world_model, a.actor_critic, *rendered) for a in (vectors, pixels))
     assert torch.equal(before, torch.get_rng_state())
-    assert [found[name] for name in robustness.NUMBERS] == pytest.approx([1.0] * 3)
-    assert all(seen[name] < 0.99 for name in robustness.NUMBERS)
+    assert [blind[name] for name in models.ROBUSTNESS] == pytest.approx([1.0] * 3)
+    assert all(seeing[name] < 0.99 for name in models.ROBUSTNESS)
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -99,7 +102,7 @@ def test_command(tmp_path, capsys, monkeypatch):
         (f"{tmp_path} untrained", TASK),
     ]
     # The weights are those of the same seed, so that both rows must agree but for the return.
-    assert [rows[1][name] for name in robustness.NUMBERS[:2]] == [rows[2][name] for name in robustness.NUMBERS[:2]]
+    assert [rows[1][name] for name in models.ROBUSTNESS[:2]] == [rows[2][name] for name in models.ROBUSTNESS[:2]]
     assert float(rows[1]["of_clean"]) == pytest.approx(float(rows[1]["return"]) / float(rows[0]["return"]))
     assert out.stat().st_size > 1000
     assert "denoising_factor" in capsys.readouterr().out
