@@ -613,10 +613,10 @@ class Run:
         for vec in (self.rollout.vec, *self.eval_envs.values()):
             self.worker_restarts += vec.restarts
             vec.restarts = 0
-        counters = {"policy_step": self.policy_step, "update": self.learner.updates, "episode": self.episodes}
-        faults = {"skipped": self.learner.skipped, "worker_restarts": self.worker_restarts}
+        counters = {key: self.count[key] for key in ("policy_step", "update", "episode")}
+        counters |= {key: self.count[key] for key in ("skipped", "worker_restarts") if self.count[key]}
         with tools.writing(self.logdir):
-            self.logger.write(self.step, only=only, **counters, **{k: v for k, v in faults.items() if v})
+            self.logger.write(self.step, only=only, **counters)
 
     def store(self, env_ids: np.ndarray, action: np.ndarray, reward: np.ndarray) -> None:
         """Add to replay what the environments `env_ids` show, with the actions (n,A) and rewards (n,) on arrival."""
@@ -690,6 +690,19 @@ class Run:
         self.eval_states = {name: vec.state_dict(ended) for name, vec in self.eval_envs.items()}
 
     @property
+    def count(self) -> dict[str, int]:
+        return {
+            "policy_step": self.policy_step,
+            "update": self.learner.updates,
+            "episode": self.episodes,
+            "next_eval": self.next_eval,
+            "evaluated": self.evaluated,
+            "owed": self.learner.owed,
+            "skipped": self.learner.skipped,
+            "worker_restarts": self.worker_restarts,
+        }
+
+    @property
     def clocks(self) -> dict:
         clocks = {"should_train": self.learner.should_train, "should_pretrain": self.learner.should_pretrain}
         return clocks | {"should_log": self.should_log, "should_reset": self.should_reset}
@@ -699,16 +712,7 @@ class Run:
         learner, rollout = self.learner, self.rollout
         state = learner.state_dict() | {
             "clocks": {k: v.state_dict() for k, v in self.clocks.items()},
-            "count": {
-                "policy_step": self.policy_step,
-                "update": learner.updates,
-                "episode": self.episodes,
-                "next_eval": self.next_eval,
-                "evaluated": self.evaluated,
-                "owed": learner.owed,
-                "skipped": learner.skipped,
-                "worker_restarts": self.worker_restarts,
-            },
+            "count": self.count,
             "live": rollout.state_dict(),
             "envs": json.dumps({"train": rollout.vec.state_dict(~rollout.over), "eval": self.eval_states}),
             "logger": self.logger.state_dict(),

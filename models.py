@@ -559,7 +559,7 @@ class Probe(nn.Module):
 
 
 # --- diagnostics ----------------------------------------------------------------------------------------------------
-# How much a distraction moves the latent and what is computed from it. `S` = states, `K` = draws of the distraction.
+# How much a distraction changes the latent, the action and the value. `S` = states, `K` = draws of the distraction.
 
 ROBUSTNESS = ("denoising_factor", "action_agreement", "value_agreement")
 
@@ -567,14 +567,25 @@ ROBUSTNESS = ("denoising_factor", "action_agreement", "value_agreement")
 def measure_robustness(
     world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, Tensor], actions: Tensor
 ) -> dict[str, float]:
-    """`ROBUSTNESS`, and the mean distances `same` and `other`, from what `envs.paired.render` returns.
+    """`robustness` of an agent on what `envs.paired.render` returns, and `<name>_error`: jackknife errors over draws.
 
-    `obs` (K,E,T,...) are E episodes of T states under K draws, `actions` (E,T,A) the actions that led to them; arrays
-    do as well. Deterministic: the filter takes the mode of every latent.
+    `obs` (K,E,T,...): E episodes of T states under K draws; `actions` (E,T,A): the actions that led to them. Both may
+    be numpy arrays. Deterministic: the filter takes the mode of every latent. No errors with fewer than 3 draws.
     """
-    latent, action, value = encode_draws(world_model, actor_critic, obs, actions)
-    metrics = denoising_factor(latent)
-    return metrics | {"action_agreement": agreement(action), "value_agreement": agreement(value)}
+    outputs = encode_draws(world_model, actor_critic, obs, actions)
+    metrics, draws = robustness(*outputs), len(outputs[0])
+    if draws > 2:
+        others = [[i for i in range(draws) if i != k] for k in range(draws)]
+        left_out = [robustness(*(x[kept] for x in outputs)) for kept in others]
+        for name in ROBUSTNESS:
+            values = torch.tensor([numbers[name] for numbers in left_out])
+            metrics[f"{name}_error"] = ((draws - 1) * values.var(correction=0)).sqrt().item()
+    return metrics
+
+
+def robustness(latent: Tensor, action: Tensor, value: Tensor) -> dict[str, float]:
+    """`ROBUSTNESS` and the distances `same` and `other` of latents, actions and values (K,S,*)."""
+    return denoising_factor(latent) | {"action_agreement": agreement(action), "value_agreement": agreement(value)}
 
 
 @torch.no_grad()

@@ -4,11 +4,11 @@ A suite is a module with two functions, imported on first use:
 
     parse(rest: str) -> (domain, name, variant)    # `rest` is the task string after the suite; raises EnvError
     prepare(task: Task, *, size, action_repeat, seed, start, task_seed, **options)  # the options of `prepare` below
-        -> Callable[[], gymnasium.Env]             # checks everything first; the result is picklable
+        -> Callable[[], gymnasium.Env]             # checks everything first; the result can be pickled
 
-The environment is a stock `gymnasium.Env` with a Dict observation space (key `image`: uint8 (H, W, 3)). To add a
-family, write such a module and name it in `SUITES`. Nothing in this package imports torch: workers start in a
-fraction of the time and memory without it.
+The environment is a standard `gymnasium.Env` with a Dict observation space (key `image`: uint8 (H, W, 3)). To add a
+suite, write such a module and list it in `SUITES`. Nothing in this package imports torch, which would cost every worker
+process seconds and hundreds of MB.
 """
 
 import functools
@@ -34,7 +34,7 @@ STREAMS = ("train", "eval")
 
 
 def parse_task(task: str) -> Task:
-    """Split `{suite}_{domain}_{name}[_{variant}]`; an unknown part raises EnvError with what exists."""
+    """Split `{suite}_{domain}_{name}[_{variant}]`. Raises EnvError that lists the alternatives to an unknown part."""
     suite, _, rest = task.partition("_")
     if suite not in SUITES:
         raise EnvError(f"unknown suite {suite!r} in task {task!r}: there is {', '.join(SUITES)} (dmc_walker_stand)")
@@ -59,25 +59,25 @@ def prepare(
     scene_files: str = "../Matterport/data/matterport3d/*.glb",
     clean_image: bool = False,
 ) -> Callable[[], gymnasium.Env]:
-    """Check the task and its files, decode what it needs, and return a picklable constructor of the environment.
+    """Check the task and its files, decode the videos it needs, and return a constructor that can be pickled.
 
     Args:
         size: height and width of `image` in pixels.
-        action_repeat: inner steps per agent step.
+        action_repeat: environment steps per agent step.
         time_limit: agent steps after which an episode is truncated.
         seed: source of every random choice of this environment.
-        start: a further number to draw from, except for the choice of clips. A resumed run passes its step, so that it
-            goes on with other episodes before the same backgrounds.
-        task_seed: seeds the simulator alone, in place of what follows from `seed` and `start`.
+        start: mixed into the seed, except for the choice of clips. A resumed run passes its step, so that it continues
+            with new episodes and the same background clips.
+        task_seed: seed of the simulator alone, instead of one derived from `seed` and `start`.
         resource_files: glob or folder of the background files (`~` is expanded).
         img_source: what replaces the background of a `_video` task: video, images, color or noise.
-        total_frames: length of the background sequence; 0 takes every frame of every file once.
+        total_frames: length of the background sequence in frames; 0 means every frame of every file once.
         ds_resource_path: folder that holds `DAVIS`, for `distracting_cs`.
         distracting_cs_intensity: difficulty of `distracting_cs` and `sensor_cs`.
         distracting_cs_dynamic: whether these distractions move within an episode.
         scene_files: glob or folder of the rooms (.glb) of an `rms` task.
-        clean_image: with a distraction of the control suite, observe `clean_image` too: the picture without it. That
-            takes a second simulator, which goes through the same motions.
+        clean_image: for distracted control-suite tasks, also observe `clean_image`, the frame without distraction,
+            rendered by a second simulator that plays the same actions.
 
     Raises:
         EnvError: unknown task, no usable background file, no simulator, or no way to render.
@@ -122,15 +122,15 @@ def make_vector(
     first: int = 0,
     **options,
 ) -> Vector:
-    """`n` environments of one task, each with its own random stream; `train` and `eval` streams never meet.
+    """`n` environments of one task, each with its own random stream; `train` and `eval` streams are disjoint.
 
     Args:
         stream: "train" or "eval".
-        parallel: one worker process per environment; otherwise all live here and step one after the other.
+        parallel: one worker process per environment; otherwise all run in this process, one after the other.
         shared_seed: seed every simulator with `seed`, as the original research code did (equal initial states).
-        timeout: seconds after which a worker that does not answer is replaced, 0 = never.
-        niceness: of the workers.
-        first: how many random streams come before theirs, those of other ranks.
+        timeout: seconds after which a worker that does not respond is replaced; 0 = never.
+        niceness: of the worker processes.
+        first: index of the first random stream; those before it belong to other ranks.
         options: as in `prepare`, except `seed` and `task_seed`.
     """
     seeds = np.random.SeedSequence([seed, STREAMS.index(stream)]).spawn(first + n)[first:]
@@ -149,7 +149,7 @@ def _construct(constructor: Callable, twin: Callable | None, time_limit: int) ->
 
 
 class WithCleanImage(gymnasium.Wrapper):
-    """Adds `clean_image`: what a `twin` without distraction, seeded alike, shows after the same actions."""
+    """Adds `clean_image`: the frame of a `twin` without distraction, with the same seed and actions."""
 
     def __init__(self, env: gymnasium.Env, twin: gymnasium.Env):
         super().__init__(env)
@@ -175,7 +175,7 @@ class WithCleanImage(gymnasium.Wrapper):
 
 
 def check_same_state(observation: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    """Raise RuntimeError if two simulators, of which only the pictures may differ, have not moved alike."""
+    """Raise RuntimeError if two simulators differ in anything but their images."""
     for key, value in observation.items():
         if key != "image" and not np.array_equal(value, other[key]):
-            raise RuntimeError(f"a simulator without distraction moved otherwise than the one with it: {key} differs")
+            raise RuntimeError(f"the simulators with and without distraction are in different states: {key} differs")

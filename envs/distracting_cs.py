@@ -1,7 +1,7 @@
-"""Distracting Control Suite (Stone et al., 2021) in the version of DMControl-GS: backgrounds, camera, colours.
+"""Distracting Control Suite (Stone et al., 2021) as in DMControl-GS: background video, camera and colour distractions.
 
-All three move slowly: they change every second frame. `distracting_cs` has all of them, `sensor_cs` only the camera.
-Difficulty scales every range. Three independent random streams, each consumed in a fixed order.
+All three change every second frame. `distracting_cs` has all of them, `sensor_cs` the camera alone. The difficulty
+scales every range. Each has its own random stream, consumed in a fixed order.
 """
 
 import ctypes
@@ -19,12 +19,12 @@ from envs.distraction import Distraction, call_gl, upload_texture
 from envs.task import EnvError
 
 DOMAINS = ("ball_in_cup", "cartpole", "cheetah", "finger", "reacher", "walker")
-# difficulty -> how many DAVIS videos, from the first of the training list
+# difficulty -> number of DAVIS videos, from the start of the training list
 VIDEOS = {0.025: 2, 0.05: 2, 0.1: 4, 0.15: 6, 0.2: 8, 0.3: 60, 0.4: 60, 0.5: 60}
 GROUND_ALPHA = {"reacher": 0.0, "walker": 1.0, "cheetah": 1.0}  # others 0.3
 SKY = 0  # index of the sky among the textures of these domains
 SKY_EDGE = 800  # pixels
-LEVELS = 5  # times that the edge can be halved exactly: to 25 pixels
+LEVELS = 5  # mipmap levels below the full size: 800 is halved exactly down to 25 pixels
 
 # fmt: off
 # The training list of DAVIS 2017.
@@ -41,7 +41,7 @@ DAVIS = (
 
 
 def check(domain: str, difficulty: float) -> None:
-    """Raises EnvError for what the benchmark does not define."""
+    """Raises EnvError for domains and difficulties that the benchmark does not define."""
     if domain not in DOMAINS:
         raise EnvError(f"distracting_cs and sensor_cs have no {domain}: there is {', '.join(DOMAINS)}")
     if difficulty not in VIDEOS:
@@ -51,7 +51,7 @@ def check(domain: str, difficulty: float) -> None:
 def make_distraction(
     mode: str, domain: str, difficulty: float, dynamic: bool, camera: int, resource_path: str, seed: int
 ) -> "Together":
-    """The distraction of `distracting_cs` or `sensor_cs`. Raises EnvError where something is missing or undefined."""
+    """The distraction `distracting_cs` or `sensor_cs`. Raises EnvError for missing videos or undefined settings."""
     check(domain, difficulty)
     parts: list[Distraction] = [Camera(domain, difficulty, dynamic, camera)]
     if mode == "distracting_cs":
@@ -62,7 +62,7 @@ def make_distraction(
 
 
 def find_videos(resource_path: str) -> list[str]:
-    """Folders of the DAVIS training videos in the order of the list, below `resource_path` or where assets are kept."""
+    """Folders of the DAVIS training videos in list order, in `resource_path` or the asset folder."""
     root = Path(assets.find("davis", "DAVIS/JPEGImages/480p", resource_path))
     missing = [name for name in DAVIS if not next((root / name).glob("*.jpg"), None)]
     if missing:
@@ -73,7 +73,7 @@ def find_videos(resource_path: str) -> list[str]:
 
 
 class Together(Distraction):
-    """Several distractions, one after the other, each with a random stream of its own."""
+    """Several distractions applied in order, each with its own random stream."""
 
     lasting = ("parts",)
 
@@ -95,7 +95,7 @@ class Together(Distraction):
 
 
 class _Drifting(Distraction):
-    """Counts frames: something changes at every second one."""
+    """A distraction that changes at every second frame."""
 
     lasting = ("rng",)
 
@@ -114,17 +114,17 @@ class _Drifting(Distraction):
             self.show(physics)
 
     def start(self, physics) -> None:
-        """Draw where the episode begins, and show it."""
+        """Draw and apply the initial setting of an episode."""
 
     def move(self, physics) -> None:
         """One random step."""
 
     def show(self, physics) -> None:
-        """Put the present state into the simulator, before its picture is taken."""
+        """Write the current setting to the simulator before it renders."""
 
 
 class Background(_Drifting):
-    """A DAVIS video as the sky, played to and fro from a random frame. `dynamic` False: one random frame."""
+    """A DAVIS video as the sky, played back and forth from a random frame. `dynamic` False: a single random frame."""
 
     def __init__(self, clips: Sequence[video.Clip], ground_alpha: float, dynamic: bool):
         self._clips, self._ground_alpha, self._dynamic = clips, ground_alpha, dynamic
@@ -134,19 +134,19 @@ class Background(_Drifting):
         physics.named.model.mat_rgba["grid", "a"] = self._ground_alpha
         if physics.model.tex_type[SKY] != mujoco.mjtTexture.mjTEXTURE_SKYBOX:
             raise RuntimeError("the first texture of this model is not its sky")
-        # The sky is six square faces below each other. Declared one face high, it is repeated on all six.
+        # The sky texture stacks six square faces. With the height of one face it is repeated on all six.
         physics.model.tex_height[SKY] = SKY_EDGE
         path, count = self._clips[self.rng.choice(len(self._clips))]
         first, end = 0, count
         if not self._dynamic:
             first = self.rng.choice(count)
             end = first + 1
-        # Mapped, not read (1.9 MB per frame): workers share the memory.
+        # Memory-mapped, 1.9 MB per frame: workers share the memory.
         self._frames = np.load(path, mmap_mode="r")[first:end]
         self._index = self.rng.choice(len(self._frames))
         self._direction = self.rng.choice([-1, 1])
         self._shown = None
-        self._levels = {}  # made when first shown, 0.9 MB per frame
+        self._levels = {}  # computed when first shown, 0.9 MB per frame
         self.show(physics)
 
     def move(self, physics) -> None:
@@ -177,29 +177,29 @@ class Background(_Drifting):
             self._quick = small_levels_suffice(physics) and call_gl(physics, holds_levels, texture, halve(frame))
 
 
-# To upload a whole sky takes longer than to render: OpenGL halves all six faces down to one pixel. Small pictures show
-# only some of these levels, and here those are made once for all faces, wherever that gives the same bytes.
+# Uploading a whole sky takes longer than rendering, because OpenGL builds mipmaps of all six faces down to one pixel.
+# Small images sample only some of these levels. They are computed here, once for all faces, if the bytes are the same.
 
 
 def small_levels_suffice(physics) -> bool:
-    """Whether pictures of camera 0 show only levels of the sky that `halve` makes: true for edges of 51 to 87 pixels.
+    """Whether camera 0 samples only mipmap levels that `halve` computes: true for image edges of 51 to 87 pixels.
 
-    The sky is infinitely far away, so the number of its texels per pixel depends on angles alone. The bounds are those
-    between which OpenGL lets a driver choose the level, over all directions.
+    The sky is infinitely far away, so its texels per pixel depend on angles alone. The bounds cover all directions and
+    every level that OpenGL allows a driver to choose.
     """
     view, edge = physics.model.vis.global_, math.tan(math.radians(physics.model.cam_fovy[0]) / 2)
-    middle = SKY_EDGE * edge / view.offheight  # texels per pixel where the camera looks straight at a face
+    middle = SKY_EDGE * edge / view.offheight  # texels per pixel where the camera faces the sky head-on
     corner = 1 + edge**2 * (1 + (view.offwidth / view.offheight) ** 2)
     return middle / corner / math.sqrt(2) >= 2 and middle * math.sqrt(24) <= 2**LEVELS
 
 
 def halve(frame: np.ndarray) -> list[np.ndarray]:
-    """Levels 1 to LEVELS of a picture (W, W, 3): (W/2, 2W) uint8, (W/4, W) ... with four bytes RGBA per pixel.
+    """Mipmap levels 1 to LEVELS of an image (W, W, 3): (W/2, 2W) uint8, (W/4, W) ... with four bytes RGBA per pixel.
 
-    Two neighbours are averaged, then two such pairs, and both rounded up, as Mesa's software renderer does.
+    Horizontal pairs are averaged, then vertical ones, rounding up both times, like Mesa's software renderer.
     """
 
-    def mean(a, b):  # of the four bytes of a number at once
+    def mean(a, b):  # of all four bytes of an integer at once
         return (a | b) - (((a ^ b) >> 1) & 0x7F7F7F7F)
 
     pixels, levels = cv2.cvtColor(frame, cv2.COLOR_RGB2RGBA).view(np.uint32)[..., 0], []
@@ -211,8 +211,8 @@ def halve(frame: np.ndarray) -> list[np.ndarray]:
 
 
 def holds_levels(texture: int, levels: Sequence[np.ndarray]) -> bool:
-    """Whether all six faces of the current context's texture have exactly these levels."""
-    from OpenGL import GL, error  # not before MUJOCO_GL is chosen
+    """Whether all six faces of the texture in the current GL context have exactly these mipmap levels."""
+    from OpenGL import GL, error  # imported after MUJOCO_GL is chosen
 
     try:
         GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, texture)
@@ -222,15 +222,17 @@ def holds_levels(texture: int, levels: Sequence[np.ndarray]) -> bool:
                 GL.glGetTexImage(GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + face, level, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, held)
                 if not np.array_equal(held, pixels):
                     return False
-    except error.Error:  # PyOpenGL does not reach this context
+    except error.Error:  # PyOpenGL cannot use this context
         return False
     return True
 
 
 def upload_levels(texture: int, levels: Sequence[np.ndarray]) -> None:
-    """Replace these levels of all six faces of the current context's texture."""
+    """Replace these mipmap levels on all six faces of the texture in the current GL context."""
     from OpenGL import GL
-    from OpenGL.raw.GL.VERSION.GL_1_1 import glTexSubImage2D  # wrapped, the 30 calls take as long as the copies
+    from OpenGL.raw.GL.VERSION.GL_1_1 import (
+        glTexSubImage2D,
+    )  # unwrapped: the wrapper doubles the time of these 30 calls
 
     GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, texture)
     for level, pixels in enumerate(levels, start=1):
@@ -241,7 +243,7 @@ def upload_levels(texture: int, levels: Sequence[np.ndarray]) -> None:
 
 
 def decode_sky(path: str, size: tuple[int, int]) -> list[np.ndarray]:
-    """All pictures (H, W, 3) uint8 of a folder in the order of their names, scaled bicubically."""
+    """All images (H, W, 3) uint8 of a folder in name order, scaled bicubically."""
     height, width = size
     frames = []
     for file in video.find_files("images", f"{path}/*.jpg"):
@@ -254,17 +256,17 @@ def decode_sky(path: str, size: tuple[int, int]) -> list[np.ndarray]:
 
 
 class Camera(_Drifting):
-    """The camera wanders around what it looks at: on a sphere, nearer and farther, and rolling.
+    """The camera drifts around its target: azimuth, polar angle, distance and roll change.
 
     Positions are (radius, azimuth, polar angle) about the world's origin, or about the robot's centre of mass if the
-    camera tracks it. Angles in radians, lengths in the model's metres, velocities per change (two frames).
+    camera tracks it. Angles are in radians, lengths in metres, velocities per change (two frames).
     """
 
     def __init__(self, domain: str, difficulty: float, dynamic: bool, camera: int):
         s = difficulty
         self._camera = camera
         self._reach = np.array([0.0, math.pi / 2 * s, math.pi / 2 * s])  # half-range of azimuth and polar angle
-        self._zoom = 0.5 * s, 1.5 * s  # share of the radius, in and out
+        self._zoom = 0.5 * s, 1.5 * s  # fractions of the radius, inward and outward
         self._max_roll = math.pi / 2 * s
         moving = s if dynamic else 0.0
         self._speed_std, self._max_speed = 0.1 * moving, 0.4 * moving
@@ -272,14 +274,14 @@ class Camera(_Drifting):
         self._upper_quadrant = domain != "reacher"
 
     def start(self, physics) -> None:
-        # As in the benchmark, the mode of camera 0 decides, which is the one used.
+        # As in the benchmark, the mode of camera 0 decides; it is the camera in use.
         mode = physics.model.cam_mode[0]
         if mode not in (mujoco.mjtCamLight.mjCAMLIGHT_FIXED, mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM):
-            raise RuntimeError("only fixed cameras and those that track a centre of mass can wander")
+            raise RuntimeError("only fixed cameras and those that track a centre of mass are supported")
         self._tracks = mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
         self._target = self._looked_at(physics)
         radius, azimuth, polar = to_sphere(physics.data.cam_xpos[self._camera] - self._centre(physics))
-        self._scale = radius / 4.0  # most cameras are 4 metres away; nearer ones move less
+        self._scale = radius / 4.0  # most cameras are 4 metres away; closer ones move less
         middle = np.array([radius, azimuth, polar])
         self._low, self._high = middle - self._reach, middle + self._reach
         self._low[0], self._high[0] = max(radius - radius * self._zoom[0], 0.0), radius + radius * self._zoom[1]
@@ -305,7 +307,7 @@ class Camera(_Drifting):
         if speed > limit:
             self._velocity = self._velocity * (limit / speed)
         self._roll_velocity = np.clip(self._roll_velocity, -self._max_roll_speed, self._max_roll_speed)
-        # Velocities become what the limits let through.
+        # The velocity is what remains after clipping to the limits.
         before = from_sphere(self._position)
         self._position = np.clip(to_sphere(before + self._velocity), self._low, self._high)
         self._velocity = from_sphere(self._position) - before
@@ -313,7 +315,7 @@ class Camera(_Drifting):
         self._roll_velocity, self._roll = roll - self._roll, roll
 
     def show(self, physics) -> None:
-        # Each step of the simulator puts the camera back where the model has it.
+        # Every simulator step resets the camera to the pose of the model.
         position = from_sphere(self._position) + self._centre(physics)
         target = self._looked_at(physics) if self._tracks else self._target
         look = look_at_level if self._upper_quadrant else look_at
@@ -333,7 +335,7 @@ class Camera(_Drifting):
 
 
 class Color(_Drifting):
-    """The colours of all materials wander around the original ones."""
+    """The colours of all materials drift around the original ones."""
 
     def __init__(self, difficulty: float, dynamic: bool):
         self._reach, self._std = difficulty, 0.03 * difficulty if dynamic else 0.0
@@ -367,7 +369,7 @@ def from_sphere(position: np.ndarray) -> np.ndarray:
 
 
 def look_at_level(direction: np.ndarray) -> np.ndarray:
-    """Rotation (3, 3) of a camera that looks along `direction` with a level horizon; unsteady when that is down."""
+    """Rotation (3, 3) of a camera looking along `direction` with a level horizon; unstable for straight down."""
     x, y, z = direction / np.sqrt(np.sum(direction**2))
     yaw, pitch = -np.arctan2(x, y), np.arctan2(z, np.sqrt(x**2 + y**2)) + math.pi / 2
     about_z = np.array([[np.cos(yaw), -np.sin(yaw), 0.0], [np.sin(yaw), np.cos(yaw), 0.0], [0.0, 0.0, 1.0]])
@@ -376,10 +378,10 @@ def look_at_level(direction: np.ndarray) -> np.ndarray:
 
 
 def look_at(direction: np.ndarray) -> np.ndarray:
-    """Rotation (3, 3) of a camera that looks along `direction`, the shortest from straight down (reacher)."""
+    """Rotation (3, 3) of a camera looking along `direction`, by the shortest rotation from straight down (reacher)."""
     direction = direction / np.sqrt(np.sum(direction**2))
     axis = np.cross([0.0, 0.0, -1.0], direction)
     sin, cos = np.sqrt(np.sum(axis**2)), -direction[2]
-    a = axis / (sin + 1e-4)  # not quite of length 1: the benchmark's guard against a division by zero
+    a = axis / (sin + 1e-4)  # slightly shorter than 1: the benchmark's guard against division by zero
     cross = np.array([[0.0, -a[2], a[1]], [a[2], 0.0, -a[0]], [-a[1], a[0], 0.0]])
     return cos * np.eye(3) + (1.0 - cos) * np.outer(a, a) + sin * cross

@@ -1,4 +1,4 @@
-"""What a distraction may do to an environment of the control suite: the base class of all, and their common tools."""
+"""The base class of all distractions of the control suite, and helpers they share."""
 
 from xml.etree import ElementTree
 
@@ -9,48 +9,48 @@ Edits = dict[str, dict[tuple[str, str], dict[str, str]]]
 
 
 class Distraction:
-    """Hooks that `envs.dmc.ControlSuite` calls, in this order, around its simulator. All do nothing here.
+    """Hooks that `envs.dmc.ControlSuite` calls in this order. By default they do nothing.
 
-    `lasting` names the attributes that carry over from one episode to the next (see `envs.task.get_state`).
+    `lasting` names the attributes that carry over between episodes (see `envs.task.get_state`).
     """
 
     lasting: tuple[str, ...] = ()
 
     def seed(self, seed: int) -> None:
-        """Start the random stream anew."""
+        """Reseed the random stream."""
 
     def attach(self, xml: str, assets: dict[str, bytes]) -> None:
-        """What the simulator's model was built from, once, before anything else."""
+        """Called once, first, with the XML and assets from which the model was built."""
 
     def before_reset(self, physics) -> None:
-        """An episode is about to begin."""
+        """Before the simulator is reset."""
 
     def after_reset(self, physics) -> None:
-        """The simulator stands in its first state; its picture has not been taken."""
+        """After the simulator is reset, before it renders."""
 
     def after_step(self, physics, last: bool) -> None:
-        """The simulator has moved by one frame, the `last` before a picture or not."""
+        """After every simulator step; `last` if it renders next."""
 
     def paint(self, image: np.ndarray, first: bool) -> np.ndarray:
-        """The observed picture (H, W, 3) uint8 made from the rendered one; `first` in an episode or not."""
+        """Turn the rendered image (H, W, 3) uint8 into the observed one; `first` after a reset."""
         return image
 
 
 def upload_texture(physics, index: int) -> None:
-    """Show a texture that was changed in `physics.model.tex_data`; each GL context has a copy of its own."""
-    import mujoco  # not before MUJOCO_GL is chosen
+    """Upload a texture after `physics.model.tex_data` has changed; each GL context has its own copy."""
+    import mujoco  # imported after MUJOCO_GL is chosen
 
     call_gl(physics, mujoco.mjr_uploadTexture, physics.model.ptr, physics.contexts.mujoco.ptr, index)
 
 
 def call_gl(physics, function, *args):
-    """`function(*args)` where the simulator's GL context is current."""
+    """Call `function(*args)` with the simulator's GL context current."""
     with physics.contexts.gl.make_current() as context:
         return context.call(function, *args)
 
 
 def edit_assets(assets: dict[str, bytes], edits: Edits) -> dict[str, bytes]:
-    """A copy of XML `assets` with attributes changed."""
+    """A copy of the XML `assets` with `edits` applied."""
     edited = dict(assets)
     for file, elements in edits.items():
         root = ElementTree.fromstring(assets[file])

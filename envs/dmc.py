@@ -17,7 +17,7 @@ from envs import natural_video
 from envs.distraction import Distraction, Edits, edit_assets
 from envs.task import EnvError, Task, two_seeds
 
-# Equal to dm_control.suite.TASKS_BY_DOMAIN, written down so that parsing a name does not load a simulator.
+# Same as dm_control.suite.TASKS_BY_DOMAIN, repeated here so that parsing a task does not load the simulator.
 TASKS = {
     "acrobot": ("swingup", "swingup_sparse"),
     "ball_in_cup": ("catch",),
@@ -42,16 +42,16 @@ TASKS = {
 ALIASES = {"cup": "ball_in_cup"}
 VARIANTS = ("video", "color_easy", "color_hard", "video_easy", "video_hard", "distracting_cs", "sensor_cs")
 
-# Clean tasks are seen by camera 0, except that one; distraction tasks always by camera 0.
+# Camera of clean tasks where it is not 0. Distracted tasks always use camera 0.
 CLEAN_CAMERAS = {"quadruped": 2}
 
 RENDER_ONCE = "from dm_control import mujoco; mujoco.Physics.from_xml_string('<mujoco/>').render(8, 8)"
 
-UNLIMITED = 1e10  # dm_control's bound of an actuator without limits (lqr)
+UNLIMITED = 1e10  # what dm_control reports for an actuator without limits (lqr)
 
 
 def parse(rest: str) -> tuple[str, str, str]:
-    """Split `{domain}_{name}[_{variant}]`. Domains and names may contain underscores: the longest fits."""
+    """Split `{domain}_{name}[_{variant}]`. Domains and names may contain underscores: the longest match wins."""
     domain, after_domain = _longest_prefix(rest, [*TASKS, *ALIASES])
     domain = ALIASES.get(domain, domain)
     name, variant = _longest_prefix(after_domain, TASKS.get(domain, ()))
@@ -83,11 +83,11 @@ def prepare(
     distracting_cs_dynamic: bool,
     **_,
 ) -> Callable[[], gymnasium.Env]:
-    """Constructor of the environment of `task`, after every check and after the clips it needs are decoded."""
+    """Check everything, decode the clips that `task` needs, and return the constructor of the environment."""
     check_rendering()
     own_task_seed, distraction_seed = two_seeds(seed, start)
     camera, edits, distraction = 0 if task.variant else CLEAN_CAMERAS.get(task.domain, 0), {}, None
-    # Imported where used: only some of these need decoders.
+    # Imported where used, because only some of these need video decoders.
     if task.variant == "video":
         from envs import video
 
@@ -138,10 +138,10 @@ def prepare(
 class ControlSuite(gymnasium.Env):
     """One task of the suite with pixels.
 
-    Observation: `image` uint8 (H, W, 3) and every key of the suite as float32 (a scalar as shape (1,)). Action: Box
-    [-1, 1], clipped to it and mapped linearly to the actuator limits (an actuator without limits gets it unchanged).
-    Reward: sum over the inner steps. Terminated where the suite says that the future is worth nothing (only `lqr`
-    does), truncated where it ends an episode otherwise. `info["discount"]` is the suite's.
+    Observation: `image` uint8 (H, W, 3) and every key of the suite as float32 (scalars have shape (1,)). Action: Box
+    [-1, 1], clipped and mapped linearly to the actuator limits (unchanged for an actuator without limits). Reward: sum
+    over the repeated steps. Terminated if the suite ends the episode with discount 0 (only `lqr` does), truncated if it
+    ends the episode otherwise. `info["discount"]` is the suite's.
     """
 
     lasting = ("_random", "_distraction")
@@ -158,19 +158,21 @@ class ControlSuite(gymnasium.Env):
         edits: Edits | None = None,
         distraction: Distraction | None = None,
     ):
-        """Load a task with `edits` made to the shared assets, and let `distraction` change what is seen of it."""
+        """Load a task with `edits` applied to the shared assets; `distraction` alters its images."""
         from dm_control import suite
         from dm_control.mujoco import engine
 
         with edited_assets(edits or {}), recorded_model() as model:
             self._env = suite.load(domain, name, task_kwargs={"random": task_seed})
         physics, self._random = self._env.physics, self._env.task.random
-        # A buffer of the size of the picture (set before the GL context is made) and a camera that is kept give the
-        # pixels of `physics.render`, faster.
+        # A persistent camera with an offscreen buffer of the image size (set before the GL context is created) gives
+        # the same pixels as `physics.render` in less time.
         visual = physics.model.vis.global_
         visual.offheight, visual.offwidth = size
         self._camera = engine.Camera(physics, *size, camera_id=camera)
-        self._free = weakref.finalize(self, physics.free)  # at exit too: a GL context left to the interpreter complains
+        self._free = weakref.finalize(
+            self, physics.free
+        )  # also at exit, to avoid errors from a GL context freed by the interpreter
         self._distraction = distraction or Distraction()
         self._distraction.attach(*model)
         self._action_repeat = action_repeat
@@ -190,7 +192,7 @@ class ControlSuite(gymnasium.Env):
         )
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """`options` may hold a `distraction_seed`, to see the same episode through another distraction."""
+        """With `distraction_seed` in `options`, the same episode is rendered under another draw of the distraction."""
         super().reset(seed=seed)
         if seed is not None:
             task_seed, distraction_seed = two_seeds(np.random.SeedSequence(seed))
@@ -228,7 +230,7 @@ class ControlSuite(gymnasium.Env):
         self._free()
 
     def _observe(self, time_step) -> dict[str, np.ndarray]:
-        image = self._camera.render().copy()  # the camera gives a view of a buffer that its next picture overwrites
+        image = self._camera.render().copy()  # the camera returns a view of a buffer that it reuses
         image = self._distraction.paint(image, time_step.first())
         numbers = {k: np.atleast_1d(np.asarray(v, np.float32)) for k, v in time_step.observation.items()}
         return numbers | {"image": image}
@@ -236,7 +238,7 @@ class ControlSuite(gymnasium.Env):
 
 @contextlib.contextmanager
 def edited_assets(edits: Edits) -> Iterator[None]:
-    """Change attributes of the XML files that all domains share, for the tasks loaded inside the context."""
+    """Apply `edits` to the XML files shared by all domains, for tasks loaded inside the context."""
     from dm_control.suite import common
 
     original = dict(common.ASSETS)
@@ -249,13 +251,13 @@ def edited_assets(edits: Edits) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded_model() -> Iterator[list]:
-    """A list that holds, after a task was loaded inside the context, the XML text and the assets it was built from.
+    """A list that, once a task is loaded inside the context, holds the XML text and the assets of its model.
 
-    Some tasks write their XML in code, so the file of the domain would not do.
+    The file of the domain is not enough, because some tasks generate their XML in code.
     """
     from dm_control.mujoco import engine
 
-    model, original = [], vars(engine.Physics)["from_xml_string"]  # the classmethod itself, not bound to this class
+    model, original = [], vars(engine.Physics)["from_xml_string"]  # the classmethod object, not bound to the class
 
     def record(cls, xml_string, assets=None):
         model[:] = xml_string, dict(assets or {})
@@ -270,10 +272,10 @@ def recorded_model() -> Iterator[list]:
 
 @functools.cache
 def check_rendering() -> None:
-    """Choose how MuJoCo renders and try it: MUJOCO_GL as the user set it, else egl, else osmesa with a warning.
+    """Choose and test MuJoCo's rendering backend: MUJOCO_GL if set, else egl, else osmesa with a warning.
 
-    Tried in a process of its own, because a failed attempt cannot be taken back within one. Processes started later
-    inherit the choice. Raises EnvError with what to install.
+    The test runs in a subprocess, because a failed attempt cannot be undone within a process. Processes started later
+    inherit the choice. Raises EnvError that names the packages to install.
     """
     chosen = os.environ.get("MUJOCO_GL")
     failures = []
@@ -297,7 +299,7 @@ def check_rendering() -> None:
 
 
 def _longest_prefix(text: str, words) -> tuple[str, str]:
-    """The longest of `words` that `text` begins with (up to an underscore or its end), and the rest; or ("", text)."""
+    """The longest of `words` that is a prefix of `text` (up to an underscore), and the rest; ("", text) if none is."""
     fitting = [word for word in words if f"{text}_".startswith(f"{word}_")]
     word = max(fitting, key=len, default="")
     return word, text[len(word) :].removeprefix("_") if word else text

@@ -1,7 +1,7 @@
-"""DMControl Generalization Benchmark (Hansen & Wang, ICRA 2021): random colours and a green screen for videos.
+"""DMControl Generalization Benchmark (Hansen & Wang, ICRA 2021): random colours, and videos on a green screen.
 
-`color_easy`, `color_hard`: a published table has 100 settings of floor, robot and sky colours; each episode draws one.
-`video_easy`: the sky is a green screen; `video_hard`: the floor too. Each episode shows the next video behind it.
+`color_easy`, `color_hard`: each episode draws one of 100 published settings of floor, robot and sky colours.
+`video_easy`: the sky is a green screen; `video_hard`: the floor too. Each episode shows the next video.
 """
 
 import json
@@ -26,9 +26,9 @@ GREEN_SCREEN = {
         for key in keys
     },
 }
-"""Settings by mode, in the words of the colour tables."""
+"""Settings by mode, with the keys of the colour tables."""
 
-# word of the colour tables -> file, tag, name, attribute
+# key of the colour tables -> file, tag, name, attribute
 _ATTRIBUTES = {
     "grid_rgb1": ("./common/materials.xml", "texture", "grid", "rgb1"),
     "grid_rgb2": ("./common/materials.xml", "texture", "grid", "rgb2"),
@@ -42,7 +42,7 @@ _ATTRIBUTES = {
 
 
 def look(settings: dict[str, Sequence[float]]) -> Edits:
-    """Edits of the shared XML assets that a row of a colour table asks for."""
+    """The edits to the shared XML assets for one row of a colour table."""
     edits: Edits = {}
     for key, numbers in settings.items():
         file, tag, name, attribute = _ATTRIBUTES[key]
@@ -61,7 +61,7 @@ def load_colors(mode: str) -> list[dict[str, list[float]]]:
 
 
 class Colors(Distraction):
-    """A row of the colour table per episode, drawn uniformly with replacement."""
+    """One row of the colour table per episode, drawn uniformly with replacement."""
 
     lasting = ("_rng",)
 
@@ -79,9 +79,9 @@ class Colors(Distraction):
         self.apply(physics, self._table[self._rng.integers(len(self._table))])
 
     def apply(self, physics, settings: dict) -> None:
-        """Give the simulator the colours of a model compiled with `settings`.
+        """Copy the colours of a model compiled with `settings` into the running simulator.
 
-        Pixels equal those of a simulator that was reloaded, whose new rendering context would cost three times as much.
+        The pixels equal those of a reloaded simulator, whose new rendering context would take three times as long.
         """
         model = mujoco.MjModel.from_xml_string(self._xml, edit_assets(self._assets, look(settings)))
         for name in ("tex_data", "mat_rgba", "mat_texrepeat", "geom_rgba", "site_rgba"):
@@ -91,7 +91,7 @@ class Colors(Distraction):
 
 
 class GreenScreen(Distraction):
-    """Videos behind the robot: one per episode, in order, each from its first frame. Seed 0 begins with the second."""
+    """Videos behind the robot: one per episode, in order, from its first frame. Seed 0 starts with the second video."""
 
     lasting = ("_episode",)
 
@@ -104,7 +104,7 @@ class GreenScreen(Distraction):
 
     def before_reset(self, physics) -> None:
         self._episode = (self._episode + 1) % len(self._clips)
-        # Mapped, not read: workers share the memory, and only one clip per environment is open.
+        # Memory-mapped: workers share the memory, and each environment has one clip open.
         self._frames = np.load(self._clips[self._episode][0], mmap_mode="r")
         self._step = 0
 
@@ -115,10 +115,10 @@ class GreenScreen(Distraction):
 
 
 def is_green(image: np.ndarray) -> np.ndarray:
-    """Pixels (H, W) of `image` (H, W, 3) uint8 that the background replaces.
+    """Mask (H, W) of the pixels of `image` (H, W, 3) uint8 that the background replaces.
 
-    Keyed are hues of 100 to 185 degrees with saturation of 80 to 255 and value of 70 to 255, in double precision and in
-    this order of operations: other orders, integers or OpenCV's HSV decide differently on the borders.
+    These are hues of 100 to 185 degrees, saturations of 80 to 255 and values of 70 to 255, in double precision and in
+    this order of operations: another order, integers or OpenCV's HSV differ at the boundaries.
     """
     red, green, blue = np.moveaxis(image / 255.0, -1, 0)
     value, low = image.max(-1) / 255.0, image.min(-1) / 255.0
@@ -130,12 +130,12 @@ def is_green(image: np.ndarray) -> np.ndarray:
     hue = np.where((red != value) & (green == value), 2.0 + to_red - to_blue, hue)
     hue = (hue / 6.0) % 1.0 * 360
     saturation, value = saturation * 255, value * 255
-    # Grey pixels have no hue (0/0): every comparison with NaN is False.
+    # Grey pixels have hue NaN (0/0), and comparisons with NaN are False.
     return (hue >= 100) & (hue <= 185) & (saturation >= 80) & (saturation <= 255) & (value >= 70) & (value <= 255)
 
 
 def find_clips(mode: str, size: tuple[int, int]) -> list[video.Clip]:
-    """The decoded videos of `video_easy` or `video_hard` that exist, in the order of their numbers."""
+    """The decoded videos of `video_easy` or `video_hard`, in the order of their numbers."""
     folder = Path(assets.find("dmcgs", mode))
     files = sorted(folder.glob("video*.mp4"), key=lambda path: int(path.stem.removeprefix("video") or 0))
     clips = [clip for file in files if (clip := video.cached(str(file), size, decode_rgb))]
@@ -145,20 +145,20 @@ def find_clips(mode: str, size: tuple[int, int]) -> list[video.Clip]:
 
 
 def decode_rgb(path: str, size: tuple[int, int]) -> list[np.ndarray]:
-    """All frames (H, W, 3) uint8 of a video, or none if any part of it is damaged."""
+    """All frames (H, W, 3) uint8 of a video; [] if any part of it is damaged."""
     try:
         with av.open(path) as container:
             container.streams.video[0].thread_type = "AUTO"
             return [shrink(frame.to_ndarray(format="rgb24"), size) for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError):  # IndexError: no video in the file
+    except (av.FFmpegError, IndexError):  # IndexError: no video stream
         return []
 
 
 def shrink(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Scale (H, W, 3) uint8 bilinearly, half-pixel centres, no antialiasing, and cut to whole numbers.
+    """Bilinear scaling of (H, W, 3) uint8 with half-pixel centres and without antialiasing, truncated to integers.
 
-    The benchmark leaves this to torch's `interpolate`. The order of operations and the fused multiply-adds below are
-    torch's on a CPU, so that results agree bit for bit (for widths that are multiples of 8).
+    The benchmark uses torch's `interpolate`. The order of operations and the fused multiply-adds below are those of
+    torch on a CPU, so that results agree bit for bit (for widths that are multiples of 8).
     """
     (top, bottom, up, down), (left, right, west, east) = (
         _taps(*edges) for edges in zip(frame.shape[:2], size, strict=True)
@@ -173,7 +173,7 @@ def shrink(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `after` positions the two neighbours among `before` and their weights."""
+    """The two neighbours among `before` positions of each of `after`, and their weights."""
     ratio = np.float32(before) / np.float32(after)
     where = np.maximum(ratio * (np.arange(after, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), np.float32(0))
     first = where.astype(int)
@@ -182,5 +182,5 @@ def _taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 
 
 def _multiply_add(x: np.ndarray, weight: np.ndarray, plus: np.ndarray) -> np.ndarray:
-    """x * weight + plus with one rounding: products of two float32 are exact in float64."""
+    """x * weight + plus, rounded once: the product of two float32 is exact in float64."""
     return (x.astype(np.float64) * weight[..., None].astype(np.float64) + plus).astype(np.float32)

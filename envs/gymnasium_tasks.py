@@ -1,7 +1,7 @@
-"""Any environment of gymnasium that renders: `gym_{id}`, for example `gym_HalfCheetah-v5`.
+"""Any gymnasium environment that renders: `gym_{id}`, for example `gym_HalfCheetah-v5`.
 
-`gym_{module}:{id}` imports a module first, which registers the environment: `gym_my_env:Reach-v0`,
-`gym_ale_py:ALE/Pong-v5`. The module must be importable (installed, or its folder in PYTHONPATH).
+`gym_{module}:{id}` first imports the module that registers the environment: `gym_my_env:Reach-v0`,
+`gym_ale_py:ALE/Pong-v5`. The module must be importable (installed, or in a folder on PYTHONPATH).
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from gymnasium import spaces
 from envs.dmc import check_rendering
 from envs.task import EnvError, Task, two_seeds
 
-TAKEN = {"action", "reward", "is_first", "is_last", "is_terminal"}  # names of replay's own columns
+TAKEN = {"action", "reward", "is_first", "is_last", "is_terminal"}  # columns that replay adds
 
 
 def parse(rest: str) -> tuple[str, str, str]:
-    """The id is the whole of `rest`; it must be registered, if need be by the import of its module."""
+    """All of `rest` is the id, which must be registered, if necessary by importing its module."""
     module, _, env_id = rest.rpartition(":")
     try:
         if module:
@@ -46,7 +46,7 @@ def prepare(
     **_,
 ) -> Callable[[], gymnasium.Env]:
     """Constructor of the environment. The other options of `envs.prepare` do not apply."""
-    # Many of these environments render with MuJoCo and none says so; the others can do without.
+    # Many of these environments render with MuJoCo, but none declares it; the others do not need it.
     with contextlib.suppress(EnvError):
         check_rendering()
     own_task_seed, _ = two_seeds(seed, start)
@@ -60,19 +60,19 @@ def prepare(
 
 
 class GymnasiumTask(gymnasium.Env):
-    """A registered environment, seen by its own rendering.
+    """A registered environment with its rendering as the image.
 
-    Observation: `image` uint8 (H, W, 3), the rendering scaled to `size`, and what the environment itself observes,
-    flattened to float32 (n,) (discrete values one-hot): under its keys if that is a Dict, else as `state`. An
-    observation that is a picture (uint8, one or three channels) is scaled instead; it takes the place of the rendering
-    if it is alone or named `image`.
+    Observation: `image` uint8 (H, W, 3), the rendering scaled to `size`, and the environment's own observation,
+    flattened to float32 (n,) (discrete values one-hot): under its keys if it is a Dict, else as `state`. An observation
+    that is itself an image (uint8, one or three channels) is scaled instead, and replaces the rendering if it is the
+    only one or is named `image`.
 
-    Action: Discrete (from 0), or Box [-1, 1] of shape (A,), clipped to it and mapped linearly to the bounds of the
-    environment (an action without bounds is passed as it is). Reward: sum over `action_repeat` inner steps. An episode
-    ends where the environment ends it. `info["success"]` is its `success` or `is_success`.
+    Action: Discrete (from 0), or Box [-1, 1] of shape (A,), clipped and mapped linearly to the bounds of the
+    environment (unbounded actions are passed unchanged). Reward: sum over `action_repeat` steps. Episodes end where the
+    environment ends them. `info["success"]` is the environment's `success` or `is_success`.
 
     Raises:
-        EnvError: the environment cannot be built, does not render, or has other actions or observations than these.
+        EnvError: the environment cannot be built, does not render, or has unsupported actions or observations.
     """
 
     lasting = ("_task_seed", "_rng")
@@ -80,7 +80,7 @@ class GymnasiumTask(gymnasium.Env):
     def __init__(self, env_id: str, *, size: tuple[int, int] = (64, 64), action_repeat: int = 1, task_seed: int = 0):
         try:
             self._env = gymnasium.make(env_id, render_mode="rgb_array", disable_env_checker=True)
-        except Exception as error:  # code of others: a missing package, a missing display, wrong arguments
+        except Exception as error:  # third-party code: a missing package or display, wrong arguments
             raise EnvError(f"gym_{env_id} cannot be built: {one_line(error)}") from error
         self._id, self._size, self._action_repeat = env_id, size, action_repeat
         self._task_seed: int | None = task_seed
@@ -100,7 +100,7 @@ class GymnasiumTask(gymnasium.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
-        # Seeded once: later episodes go on with the environment's own generator.
+        # Seeded once; later episodes continue the environment's own random stream.
         observation, _ = self._env.reset(seed=self._task_seed if seed is None else seed)
         self._task_seed = None
         self._running = True

@@ -1,7 +1,7 @@
 """ManiSkill2 (Gu et al., ICLR 2023): `ms_{env}` is any rigid-body environment of mani_skill2 0.5.3.
 
-`ms_lift_cube` (or `ms_LiftCube-v0`) observes the ground truth as one vector, `ms_lift_cube_rgbd` the first camera's
-picture and depth and what the robot knows of itself and its goal. `envs/realistic_maniskill.py` builds on this file.
+`ms_lift_cube` (or `ms_LiftCube-v0`) observes the ground truth as one vector; `ms_lift_cube_rgbd` observes the colour
+and depth images of the first camera, the robot's own state and the goal. `envs/realistic_maniskill.py` builds on this.
 """
 
 import difflib
@@ -48,7 +48,7 @@ MAKE_RENDERER = "import sapien.core as s; s.SapienRenderer.set_log_level('info')
 
 
 def parse(rest: str) -> tuple[str, str, str]:
-    """Split `{env}[_rgbd]`; `env` is an id of ManiSkill2 or the same in small letters without its version."""
+    """Split `{env}[_rgbd]`; `env` is a ManiSkill2 id, or the same in snake case without the version."""
     name = rest.removesuffix("_rgbd")
     by_id = {env_id: name for name, env_id in TASKS.items()}
     name = by_id.get(name, name)
@@ -68,7 +68,7 @@ def prepare(
     task_seed: int | None,
     **_,
 ) -> Callable[[], gymnasium.Env]:
-    """Constructor of an environment of the package. The other options of `envs.prepare` do not apply."""
+    """Constructor of the environment, after all checks. The other options of `envs.prepare` do not apply."""
     check_simulator()
     own_task_seed, _ = two_seeds(seed, start)
     return functools.partial(
@@ -81,13 +81,13 @@ def prepare(
 
 
 class ManiSkill(gymnasium.Env):
-    """An environment of mani_skill2 that never terminates: a solved task goes on paying until the time limit.
+    """A mani_skill2 environment that never terminates: a solved task keeps giving rewards until the time limit.
 
     Observation, by `keys`: `image` uint8 (H, W, 3) and `depth` float32 (H, W, 1) in metres from the first camera,
     `state` float32 (n,). Action: Box [-1, 1], clipped. Reward: the dense one, summed over `action_repeat` control steps
-    of 50 ms. `info["success"]`: whether the task is solved now. `render` gives a larger picture.
+    of 50 ms. `info["success"]`: whether the task is currently solved. `render` returns a larger image.
 
-    Every reset builds the scene anew, from its own seed, before one of the files `scenes`, if there are any.
+    Every reset rebuilds the scene with a new seed, in a room from `scenes` if there are any.
     """
 
     lasting = ("_task_rng", "_scene_rng")
@@ -104,7 +104,7 @@ class ManiSkill(gymnasium.Env):
         scene_seed: int = 0,
         scenes: Sequence[str] = (),
     ):
-        """`build()` makes the environment of mani_skill2; it may raise EnvError."""
+        """`build()` creates the mani_skill2 environment; it may raise EnvError."""
         import_mani_skill()
         self._env = build()
         self._keys, self._scenes, self._action_repeat = keys, scenes, action_repeat
@@ -143,7 +143,7 @@ class ManiSkill(gymnasium.Env):
         return self._observe(), reward, False, False, {"success": float(info["success"])}
 
     def render(self) -> np.ndarray:
-        """A picture uint8 (H, W, 3) for people, with the goal where the task shows it."""
+        """An image uint8 (H, W, 3) for videos, with the goal if the task displays it."""
         return self._env.render_rgb_array()
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class ManiSkill(gymnasium.Env):
         self._scene_rng = np.random.default_rng(scene_seed)
 
     def _observe(self) -> dict[str, np.ndarray]:
-        # The package's own observation would render every camera, that in the robot's hand too.
+        # The package's own observation would render every camera, including the one in the hand.
         observation = {}
         if "image" in self._keys:
             self._env.update_render()
@@ -173,24 +173,24 @@ class ManiSkill(gymnasium.Env):
 
 
 def import_mani_skill() -> None:
-    """Import mani_skill2 without its soft-body tasks and with model files where `setup/download.py` puts them."""
+    """Import mani_skill2 without its soft-body tasks, with the model folder that `setup/download.py` fills."""
     sys.modules.setdefault("mani_skill2.envs.mpm", types.ModuleType("mani_skill2.envs.mpm"))
     os.environ.setdefault("MS2_ASSET_DIR", str(assets.root() / "maniskill"))
     os.environ.setdefault("MS2_RENDERER_LOG_LEVEL", "error")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pkg_resources, which sapien uses, is deprecated
+        warnings.simplefilter("ignore")  # sapien uses pkg_resources, which is deprecated
         import mani_skill2.envs  # noqa: F401
         import sapien.core
 
-    sapien.core.SapienRenderer.set_log_level("critical")  # it complains that there is no screen
+    sapien.core.SapienRenderer.set_log_level("critical")  # silences its complaint about a missing display
 
 
 @functools.cache
 def check_simulator() -> str:
-    """Name of the Vulkan device that SAPIEN renders on, chosen in a process of its own: a failure may be a crash.
+    """Name of the Vulkan device that SAPIEN renders on. Tested in a subprocess, since a failure may be a crash.
 
     Raises:
-        EnvError: another Python than 3.11, mani_skill2 not installed, or no device.
+        EnvError: the Python version is not 3.11, mani_skill2 is not installed, or there is no device.
     """
     if sys.version_info[:2] != (3, 11):
         raise EnvError(
@@ -206,7 +206,7 @@ def check_simulator() -> str:
     output = attempt.stdout + attempt.stderr
     picked = re.search(r"Vulkan picked device: (\d+)", output)
     if attempt.returncode != 0 or not picked:
-        # Without any driver SAPIEN only complains, in its log.
+        # Without a driver SAPIEN does not fail, but reports it in its log.
         lines = [re.sub(r"^(\[.*?\] *)+", "", line) for line in output.splitlines() if line and "[info]" not in line]
         reason = (lines or ["no output"])[-1].rstrip(".")
         reason = f"exit status {attempt.returncode}" if attempt.returncode < 0 else reason
@@ -219,12 +219,12 @@ def check_simulator() -> str:
 
 
 def _choose_vulkan() -> None:
-    """Enable our layer if it is installed, and let SAPIEN see every driver; processes started later inherit both."""
+    """Enable our layer if installed, and make every driver visible to SAPIEN; later processes inherit both."""
     layers = os.environ.get("VK_INSTANCE_LAYERS", "").split(":")
     if (LAYERS / "layer.json").exists() and LAYER not in layers:
         os.environ["VK_INSTANCE_LAYERS"] = ":".join([*filter(None, layers), LAYER])
         os.environ["VK_LAYER_PATH"] = ":".join(filter(None, [str(LAYERS), os.environ.get("VK_LAYER_PATH")]))
-    # SAPIEN itself would look in the second folder only, and the containers of NVIDIA use the first.
+    # SAPIEN itself searches the second folder only; NVIDIA containers use the first.
     drivers = [file for folder in ("/etc", "/usr/share") for file in sorted(glob.glob(f"{folder}/vulkan/icd.d/*.json"))]
     if drivers and not os.environ.get("VK_DRIVER_FILES"):
         os.environ.setdefault("VK_ICD_FILENAMES", ":".join(drivers))
@@ -234,7 +234,7 @@ def _build(env_id: str, size: tuple[int, int], camera: bool):
     from mani_skill2.utils.registration import REGISTERED_ENVS
 
     try:
-        # v1: mobile robots, which have control modes of their own.
+        # v1 are mobile robots, which have their own control modes.
         return REGISTERED_ENVS[env_id].make(
             obs_mode="none" if camera else "state",
             reward_mode="dense",

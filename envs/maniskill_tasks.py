@@ -1,6 +1,6 @@
-"""The tasks of Realistic ManiSkill as subclasses of mani_skill2's. Only this file needs mani_skill2 to be imported.
+"""The tasks of Realistic ManiSkill as subclasses of mani_skill2's; importing this file requires mani_skill2.
 
-Facts about poses, cameras and rooms from the public code of RePo and HRSSM.
+Poses, cameras, rooms and rewards are those of the public code of RePo and HRSSM.
 """
 
 from pathlib import Path
@@ -25,19 +25,19 @@ from sapien.core import Pose  # noqa: E402
 # Joint angles of the Panda in radians, then its fingers in metres: the gripper around the cube, or above the faucet.
 LOW = np.array([0, np.pi / 4, 0, -5 * np.pi / 8, 0, 7 * np.pi / 8, np.pi / 4, 0.04, 0.04])
 HIGH = np.array([0, np.pi / 8, 0, -5 * np.pi / 8, 0, 6 * np.pi / 8, np.pi / 4, 0.04, 0.04])
-# A visual's rotation (w, x, y, z) and the actor's place in metres. Stages of ReplicaCAD have their y axis up.
+# Rotation (w, x, y, z) of the visual and position of the actor in metres. ReplicaCAD stages have y up.
 MATTERPORT = Pose(q=[0, 0, 0, 1]), Pose([0, 0, -0.8])
 REPLICA_CAD = Pose(q=[0.707, 0.707, 0, 0]), Pose([2, 3, -0.8])
-REPLICA_CAD_FOLDER = "hab2_bench_assets"  # as its archive names it
+REPLICA_CAD_FOLDER = "hab2_bench_assets"  # the name in its archive
 RENDER_SIZE = 256
-# Metres: where robot and cube stand in the cube tasks, and half the cube's edge.
+# Positions of robot and cube in the cube tasks, and half the cube's edge, in metres.
 BASE, CUBE, HALF_SIZE = (-0.615, 0.0, 0.05), (0.0, 0.0, 0.02), 0.02
 GOALS = {"push_cube": (0.2, 0.2, 0.0), "lift_cube": (0.0, 0.0, 0.3), "pick_cube": (0.1, 0.0, 0.3)}
-THRESHOLD = 0.025  # metres from the goal that count as there
+THRESHOLD = 0.025  # metres from the goal that count as reached
 
 
 class InRoom:
-    """Mixed into an environment: a room that is seen but not touched, in place of the visible ground; no end."""
+    """Mixin: a visual-only room instead of the visible ground, and episodes that do not end."""
 
     scene_file: str | None = None
 
@@ -55,7 +55,7 @@ class InRoom:
 
     def _clear(self):
         super()._clear()
-        self._renderer.clear_cached_resources()  # or every room that was ever shown stays in memory
+        self._renderer.clear_cached_resources()  # otherwise all rooms loaded so far stay in memory
 
     def _register_render_cameras(self):
         camera = self._register_cameras()
@@ -67,7 +67,7 @@ class InRoom:
 
 
 class FixedStart(InRoom):
-    """Robot without noise, seen from its left front."""
+    """A fixed initial pose of the robot, and a camera at its front left."""
 
     start_qpos = LOW
 
@@ -81,7 +81,7 @@ class FixedStart(InRoom):
 
 
 class FixedCube(FixedStart):
-    """Cube and goal in the same places in every episode, and the reward that goes with it."""
+    """Cube and goal at fixed positions, and `cube_reward`."""
 
     name: str
 
@@ -99,10 +99,10 @@ class FixedCube(FixedStart):
 
 
 def cube_reward(task: str, cube: np.ndarray, tcp: np.ndarray, fingers: float, grasped: bool) -> float:
-    """Reward of the cube tasks; cube and tool centre (3,) and the distance between the fingers in metres.
+    """Reward of the cube tasks from the positions of cube and tool centre (3,) and the finger distance, in metres.
 
-    1 for reaching, 0.5 for closing the gripper around the cube, and for a grasped cube 5 for the way to the goal
-    (push), its height (lift), or its height and then its place (pick). Numbers from the public code of RePo and HRSSM.
+    Up to 1 for reaching the cube and 0.5 for closing the gripper around it; with the cube grasped, up to 5 for its
+    distance to the goal (push), its height (lift), or its height and then another 5 for its position (pick).
     """
     goal, start, base = np.array(GOALS[task]), np.array(CUBE), np.array(BASE)
     distance = np.linalg.norm(cube - tcp)

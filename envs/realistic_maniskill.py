@@ -1,7 +1,8 @@
 """Realistic ManiSkill (Zhu et al., RePo, NeurIPS 2023): `rms_{task}`, ManiSkill2 in scanned rooms.
 
-Each episode stands in a room drawn from the .glb files of Matterport3D (or ReplicaCAD) that are found. The three cube
-tasks start with the gripper around the cube; the others are ManiSkill2's own. The classes are in `maniskill_tasks.py`.
+Each episode takes place in a room drawn from the available .glb files of Matterport3D (or ReplicaCAD). The three cube
+tasks start with the gripper around the cube; the others are ManiSkill2's own. Their classes are in
+`maniskill_tasks.py`, imported when an environment is built.
 """
 
 import difflib
@@ -18,7 +19,7 @@ from envs import assets
 from envs.maniskill import CONTROL, ManiSkill, check_simulator
 from envs.task import EnvError, Task, two_seeds
 
-# What the wheel of mani_skill2 lacks, below the folder of the asset set "maniskill".
+# Model files that the mani_skill2 wheel lacks, relative to the folder of the asset set "maniskill".
 MODELS = {
     "push_cube": None,
     "lift_cube": None,
@@ -32,7 +33,7 @@ MODELS = {
 
 
 def parse(rest: str) -> tuple[str, str, str]:
-    """`rest` must be one of the eight tasks; there are no variants."""
+    """`rest` is one of the eight tasks; there are no variants."""
     if rest not in MODELS:
         nearest = difflib.get_close_matches(rest, MODELS, n=1, cutoff=0)[0]
         raise EnvError(f"unknown task 'rms_{rest}', did you mean 'rms_{nearest}'? (there is {', '.join(MODELS)})")
@@ -50,7 +51,7 @@ def prepare(
     scene_files: str,
     **_,
 ) -> Callable[[], gymnasium.Env]:
-    """Constructor of the environment, after every check. The other options of `envs.prepare` do not apply."""
+    """Constructor of the environment, after all checks. The other options of `envs.prepare` do not apply."""
     scenes = find_scenes(scene_files)
     models = MODELS[task.domain] and assets.find("maniskill", MODELS[task.domain])
     check_simulator()
@@ -66,16 +67,16 @@ def prepare(
 
 
 def find_scenes(pattern: str) -> list[str]:
-    """Sorted .glb files that match `pattern` (a glob or a folder), else those of the asset set "matterport".
+    """Sorted .glb files that match `pattern` (a glob or a folder), or those of the asset set "matterport".
 
     Raises:
-        EnvError: there are none.
+        EnvError: no files.
     """
     given, kept = Path(pattern).expanduser(), assets.root() / "matterport"
     for path in (given, kept):
         if files := sorted(glob.glob(str(path / "*.glb" if path.is_dir() else path), recursive=True)):
             if any((folder / assets.GENERATED).exists() for folder in {Path(file).parent for file in files}):
-                warnings.warn(f"{path} holds generated rooms: results compare with nothing", stacklevel=2)
+                warnings.warn(f"{path} holds generated rooms: results on them are not comparable", stacklevel=2)
             return files
     raise EnvError(
         f"no scene matches {given} and {kept} has none: name .glb files with --scene_files, or make rooms to try with "

@@ -1,4 +1,4 @@
-"""What every environment family shares: the parsed name of a task, its seeds and the error of this package."""
+"""Shared by all suites: the parsed task name, seeds, saved state, and the error of this package."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class EnvError(ValueError):
-    """An environment cannot be made or used as asked. The message is one line and says what to do."""
+    """An environment cannot be created or used as requested. The one-line message says what to do."""
 
 
 class Task(NamedTuple):
@@ -19,7 +19,7 @@ class Task(NamedTuple):
 
 
 def two_seeds(seed: np.random.SeedSequence, start: int | None = None) -> tuple[int, int]:
-    """Seeds of the simulator and of the background, others for each `start`. Unlike `spawn`, it leaves `seed` be."""
+    """Seeds of the simulator and the background, different for each `start`. Unlike `spawn`, does not change `seed`."""
     if start is not None:
         seed = np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, start))
     task_seed, background_seed = seed.generate_state(2)
@@ -27,9 +27,9 @@ def two_seeds(seed: np.random.SeedSequence, start: int | None = None) -> tuple[i
 
 
 def get_state(owner):
-    """What lasts from one episode to the next, as JSON types: the attributes that the class names in `lasting`.
+    """State that carries over between episodes, as JSON types: the attributes listed in the class's `lasting`.
 
-    These are generators, numbers, objects with `lasting` of their own, and lists of such. Without `lasting`: {}.
+    These may be generators, numbers, objects with their own `lasting`, and lists of these. {} without `lasting`.
     """
     if isinstance(owner, np.random.Generator):
         return owner.bit_generator.state

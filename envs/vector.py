@@ -1,4 +1,4 @@
-"""Several environments stepped together, in worker processes or in this one, with identical results."""
+"""Several environments stepped together, in worker processes or in this process, with identical results."""
 
 import atexit
 import contextlib
@@ -21,26 +21,26 @@ FLAGS = ("is_first", "is_last", "is_terminal")
 THREAD_LIMITS = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
 )
-THREAD_LIMITS["LP_NUM_THREADS"] = "0"  # Mesa draws small pictures faster without threads of its own
-RESTARTS = 3  # of one worker without an episode finished in between
+THREAD_LIMITS["LP_NUM_THREADS"] = "0"  # Mesa renders small images faster without extra threads
+RESTARTS = 3  # of one worker without a finished episode in between
 START_TIMEOUT = 300.0
 WAYS_OUT = "use fewer --envs, a longer --worker_timeout, or --parallel False to see what happens"
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
-# Why not gymnasium's AsyncVectorEnv: it builds one more environment in the calling process (a second simulator and GL
-# context next to the training device), reports an error in a constructor as a closed pipe, and its workers import
-# the calling script, and torch with it. An observation is a dozen kilobytes, so a pipe costs nothing beside rendering.
+# Why not gymnasium's AsyncVectorEnv: it creates one more environment in the calling process (a second simulator and GL
+# context next to the training device), reports an error in a constructor as a closed pipe, and its workers import the
+# calling script, and with it torch. An observation is about 12 kB, so pipes cost little compared with rendering.
 
 
 class Vector:
-    """`n` environments behind one interface; the caller resets them, there is no automatic reset.
+    """`n` environments behind one interface. The caller resets them; there is no automatic reset.
 
-    Observations are dicts of arrays (n, ...) that the caller owns: the environment's keys in the dtype of its space,
-    plus the bool flags `is_first` (after a reset), `is_last` (episode over) and `is_terminal` (over for a reason that
-    ends the future rewards, not by time).
+    Observations are dicts of arrays (n, ...) owned by the caller: the environment's keys with the dtype of its space,
+    and the bool flags `is_first` (after a reset), `is_last` (the episode is over) and `is_terminal` (it ended in a
+    terminal state, not by the time limit).
 
-    A worker that dies or does not answer in time is replaced, with a warning; its episode is lost, and its next ones
-    are drawn from a new seed. One that fails again and again ends it all, and so does an error that it raises.
+    A worker that dies or does not respond in time is replaced, with a warning; its episode is lost, and its next ones
+    use a new seed. Repeated failures of a worker, and exceptions raised in it, are raised here.
 
     Attributes:
         num_envs: n.
@@ -60,11 +60,11 @@ class Vector:
     ):
         """Build every environment; with `parallel`, each constructor is pickled and called in its own process.
 
-        `timeout`: seconds that a worker may take for an answer (at its start at least START_TIMEOUT), 0 = for ever.
-        `niceness`: how far workers stand back when processes want more cores than there are (see `nice`).
+        `timeout`: seconds a worker may take to respond (to start, at least START_TIMEOUT); 0 = no limit.
+        `niceness`: scheduling priority of the workers, see `nice`.
 
         Raises:
-            EnvError: as raised by a constructor, wherever it ran. Nothing is left running.
+            EnvError: from a constructor, wherever it ran. No worker is left running.
         """
         self.num_envs, self.restarts = len(constructors), 0
         self._constructors, self._timeout, self._niceness = constructors, timeout or None, niceness
@@ -79,18 +79,18 @@ class Vector:
             except _WorkerLost as error:
                 raise EnvError(f"an environment worker {error}: {WAYS_OUT}") from None
             self.observation_space, self.action_space, self.render_mode = properties[0]
-        # How each episode began, what was done in it, and whether the worker that ran it is gone.
+        # The start state and actions of each episode, and whether the worker that ran it was lost.
         self._starts, self._actions = [None] * self.num_envs, [[] for _ in range(self.num_envs)]
         self._lost = np.zeros(self.num_envs, bool)
         self._failures, self._new_seeds = np.zeros(self.num_envs, int), [None] * self.num_envs
-        # Runs before the exit hook of multiprocessing, which would wait for ever for open workers: they ignore SIGTERM.
+        # Runs before the exit hook of multiprocessing, which would wait forever for workers, since they ignore SIGTERM.
         atexit.register(self.close)
         self._obs = {
             key: np.zeros((self.num_envs, *space.shape), space.dtype) for key, space in self.observation_space.items()
         } | {flag: np.zeros(self.num_envs, bool) for flag in FLAGS}
 
     def reset(self, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """Reset the environments where `mask` (n,) is true. Returns the observations of all; the others keep theirs."""
+        """Reset the environments where `mask` (n,) is true; returns the observations of all environments."""
         with self._closed_on_error():
             for i, (start, observation) in self._call_all(np.flatnonzero(mask), "reset", self._new_seeds).items():
                 self._starts[i], self._actions[i], self._new_seeds[i], self._lost[i] = start, [], None, False
@@ -102,32 +102,32 @@ class Vector:
 
         Returns:
             Observations, reward (n,) float32, done (n,) bool, and info {"success": (n,) float32, "lost": (n,) bool}.
-            Where `lost`, the worker was replaced: the episode is over, and the observation still the one before.
+            Where `lost`, the worker was replaced: the episode is over and the observation is the previous one.
         """
         self.step_async(action)
         return self.step_wait()
 
     def step_async(self, action: np.ndarray) -> None:
-        """First half of `step`: the workers begin. Nothing else may be asked of them before `step_wait`."""
+        """First half of `step`: start the workers. No other call may come before `step_wait`."""
         self._begin(np.arange(self.num_envs), action)
 
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Second half of `step`: its result."""
+        """Second half of `step`: wait for the result."""
         return self._finish()
 
     def render(self, i: int) -> np.ndarray | None:
-        """A picture of environment `i` for people, uint8 (H, W, 3) of any size; None if its worker was replaced."""
+        """A rendering of environment `i` for videos, uint8 (H, W, 3) of any size; None if its worker was replaced."""
         with self._closed_on_error():
             picture = self._call([i], "render")[i]
         self._lost[i] |= picture is None
         return picture
 
     def observations(self) -> dict[str, np.ndarray]:
-        """The present observations of all."""
+        """The current observations of all environments."""
         return {key: value.copy() for key, value in self._obs.items()}
 
     def state_dict(self, running: np.ndarray) -> list[dict]:
-        """What `load_state_dict` needs, as JSON types. Where `running` (n,) is false, the episode need not go on."""
+        """State for `load_state_dict`, as JSON types; without the episode in progress where `running` (n,) is false."""
         with self._closed_on_error():
             idle = self._call_all(np.flatnonzero(~running), "get_state")
         return [
@@ -138,10 +138,10 @@ class Vector:
         ]
 
     def load_state_dict(self, states: list[dict]) -> np.ndarray:
-        """Bring every environment to where it was, and return which episodes (n,) go on.
+        """Restore every environment, and return which episodes (n,) continue.
 
-        An episode is restored by acting it out again. One that does not lead to the same observation is not among those
-        that go on; a warning says so.
+        Episodes are restored by replaying their actions. One that does not reach the same observation does not
+        continue, with a warning.
         """
         with self._closed_on_error():
             self._call_all(range(self.num_envs), "set_state", [state["start"] for state in states])
@@ -156,18 +156,18 @@ class Vector:
         for i, state in enumerate(states):
             running[i] &= self._digest(i) == state.get("digest")
             if "digest" in state and not running[i]:
-                warn(f"environment {i} did not get back to where it was: its episode ends at the checkpoint")
+                warn(f"environment {i} could not be restored to its state: its episode ends at the checkpoint")
         return running
 
     def close(self) -> None:
-        """Close every environment and end the workers. Safe to call twice."""
+        """Close every environment and stop the workers. Safe to call twice."""
         for slot in self._slots:
             slot.close()
         self._slots = []
         atexit.unregister(self.close)
 
     def _begin(self, chosen: Iterable[int], action) -> None:
-        """As `step_async`, of the environments `chosen`, each with its row `action[i]`."""
+        """`step_async` for the environments `chosen`, each with its `action[i]`."""
         self._pending = {i: np.array(action[i]) for i in chosen if not self._lost[i]}
         with self._closed_on_error():
             self._send(self._pending, "step", self._pending)
@@ -199,7 +199,7 @@ class Vector:
         return hashlib.sha256(b"".join(self._obs[key][i].tobytes() for key in self.observation_space)).hexdigest()
 
     def _call(self, chosen: Iterable[int], method: str, arguments=None) -> dict:
-        """Results by environment, each called with `arguments[i]`; None where the worker was replaced instead."""
+        """Results by environment, each called with `arguments[i]`; None where the worker was replaced."""
         self._send(chosen, method, arguments)
         return self._receive(chosen)
 
@@ -219,7 +219,7 @@ class Vector:
         return results
 
     def _call_all(self, chosen: Iterable[int], method: str, arguments=None) -> dict:
-        """As `_call`, asking replaced workers again."""
+        """`_call`, repeated for replaced workers."""
         results = self._call(chosen, method, arguments)
         while missing := [i for i, result in results.items() if result is None]:
             results |= self._call(missing, method, arguments)
@@ -237,7 +237,7 @@ class Vector:
             self._slots[i].close(kill=True)
             with _worker_surroundings():
                 self._slots[i] = _Process(self._constructors[i], self._niceness)
-            # Its own seed would lead to the episodes of the start again.
+            # The original seed would repeat the first episodes.
             self._new_seeds[i] = int(np.random.SeedSequence().generate_state(1)[0])
             try:
                 self._slots[i].receive(self._start_timeout)
@@ -259,7 +259,7 @@ def warn(message: str) -> None:
 
 
 class _WorkerLost(Exception):
-    """A worker died or hangs; the message goes on after "it"."""
+    """A worker died or hangs; the message continues "it ..."."""
 
 
 def _properties(env: gymnasium.Env) -> tuple:
@@ -301,18 +301,18 @@ class _Process:
     """An environment in a worker process. Must be made inside `_worker_surroundings`."""
 
     def __init__(self, constructor: Callable[[], gymnasium.Env], niceness: int):
-        context = multiprocessing.get_context("spawn")  # forking a process that holds CUDA or GL state is not safe
+        context = multiprocessing.get_context("spawn")  # forking a process with CUDA or GL state is not safe
         self._pipe, remote = context.Pipe()
         self._process = context.Process(target=_serve, args=(remote, constructor, niceness), daemon=True)
         self._process.start()
         remote.close()
 
     def send(self, method: str, *args) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` says why
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # reported by `receive`
             self._pipe.send((method, args))
 
     def receive(self, timeout: float | None):
-        """The next answer. Raises what the worker raised, or _WorkerLost if there is none within `timeout` seconds."""
+        """The next result. Raises what the worker raised, or _WorkerLost if none arrives within `timeout` seconds."""
         if not self._pipe.poll(timeout):
             raise _WorkerLost(f"did not answer for {timeout:g} s")
         try:
@@ -327,7 +327,7 @@ class _Process:
     def close(self, kill: bool = False) -> None:
         if kill:
             self._process.kill()
-        self._pipe.close()  # the worker sees the end of the pipe, closes its environment and exits
+        self._pipe.close()  # the worker then closes its environment and exits
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
@@ -335,14 +335,14 @@ class _Process:
 
 
 def _serve(pipe, constructor: Callable[[], gymnasium.Env], niceness: int) -> None:
-    """Body of a worker: build one environment, then answer (method, arguments) until the pipe closes.
+    """Body of a worker: build one environment, then serve (method, arguments) until the pipe closes.
 
-    The pipe also closes when the parent dies, however it dies, so no worker outlives it; where the kernel can, it kills
-    one that hangs, too.
+    The pipe also closes when the parent dies for any reason, so no worker outlives it; on Linux the kernel then kills
+    even workers that hang.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides what to do
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     os.nice(niceness)
     env = None
@@ -365,9 +365,9 @@ def _serve(pipe, constructor: Callable[[], gymnasium.Env], niceness: int) -> Non
 
 @contextlib.contextmanager
 def _worker_surroundings() -> Iterator[None]:
-    """What new processes inherit: one thread for each numeric library, and a main module that imports nothing.
+    """Environment for new processes: one thread per numeric library, and an empty main module.
 
-    A spawned process imports the caller's main script before anything else; that would load torch in each worker.
+    A spawned process first imports the caller's main script, which would load torch in every worker.
     """
     main = sys.modules["__main__"]
     environ = {name: os.environ.get(name) for name in THREAD_LIMITS}

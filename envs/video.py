@@ -1,8 +1,8 @@
-"""Background frames for distraction tasks, from videos, pictures, a colour or noise.
+"""Background frames for distracted tasks: from videos, images, a colour or noise.
 
-A source is called once per observation, `source(first)`, with `first` true after a reset, and returns a uint8 frame
-that broadcasts to (H, W, 3). Clips are decoded once, to grey frames of the size of the observation, into a file that
-all worker processes map into memory; a source holds paths and a position, so it is small to pickle.
+A source is called once per observation as `source(first)`, with `first` true after a reset, and returns a uint8 frame
+that broadcasts to (H, W, 3). Clips are decoded once, to grey frames of the observation size, into a file that all
+workers memory-map. A source holds only paths and a position, so it is cheap to pickle.
 """
 
 import atexit
@@ -24,14 +24,14 @@ import numpy as np
 from envs.assets import GENERATED
 from envs.task import EnvError
 
-Clip = tuple[str, int]  # .npy file of frames (N, H, W) uint8, and how many of them to use
+Clip = tuple[str, int]  # .npy file of frames (N, H, W) uint8, and the number of frames to use
 Decoder = Callable[[str, tuple[int, int]], list[np.ndarray]]
 
 
 def make_source(kind: str, *, resource_files: str, total_frames: int, size: tuple[int, int], clip_seed: int, seed: int):
     """The source `kind` (video, images, color or noise) with frames of `size` (H, W).
 
-    `clip_seed` decides which clips make up the sequence, `seed` everything else.
+    `clip_seed` selects the clips, `seed` seeds everything else.
 
     Raises:
         EnvError: unknown kind, no file matches `resource_files`, or none of them can be read.
@@ -47,9 +47,9 @@ def make_source(kind: str, *, resource_files: str, total_frames: int, size: tupl
 
 
 class Clips:
-    """Grey frames of several clips in a row, one frame further per observation, from a random start, for ever.
+    """Grey frames of concatenated clips, one frame per observation, from a random start.
 
-    Resets do not move the position: the sequence runs on through all episodes and wraps at its end.
+    Resets do not change the position: the sequence continues across episodes and wraps around at its end.
     """
 
     lasting = ("position",)
@@ -64,19 +64,21 @@ class Clips:
 
     def __call__(self, first: bool) -> np.ndarray:
         clip = np.searchsorted(self.ends, self.position, side="right")
-        frame = self._frames[clip][self.position - self.ends[clip]]  # an index from the end of the part in use
+        frame = self._frames[clip][
+            self.position - self.ends[clip]
+        ]  # negative: counted from the end of the frames in use
         self.position = (self.position + 1) % int(self.ends[-1])
         return frame[..., None]
 
     @functools.cached_property
     def _frames(self) -> list[np.ndarray]:
-        # Opened on first use, after the source has reached its process: a pickled memory map would carry its data.
+        # Opened on first use, in the worker process: pickling a memory map would copy its data.
         maps = {path: np.load(path, mmap_mode="r") for path, _ in self.clips}
         return [maps[path][:count] for path, count in self.clips]
 
 
 class Colour:
-    """One random colour for the whole frame, drawn anew at each reset."""
+    """One random colour for the whole frame, redrawn at each reset."""
 
     lasting = ("_rng",)
 
@@ -93,7 +95,7 @@ class Colour:
 
 
 class Noise:
-    """Uniform random pixels, drawn anew for each observation."""
+    """Uniform random pixels, redrawn for each observation."""
 
     lasting = ("_rng",)
 
@@ -109,7 +111,7 @@ class Noise:
 
 
 def find_files(kind: str, pattern: str) -> list[str]:
-    """Files that match a glob, or all files of a folder, sorted. Raises EnvError when there are none."""
+    """Sorted files that match a glob, or all files of a folder. Raises EnvError if there are none."""
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
         expanded = os.path.join(glob.escape(expanded), "*")
@@ -118,17 +120,17 @@ def find_files(kind: str, pattern: str) -> list[str]:
         noun, example = ("video", "DIR/*.mp4") if kind == "video" else ("picture", "DIR/*.jpg")
         raise EnvError(f"no {noun} matches {pattern}: put files there or pass --resource_files '{example}'")
     if any((Path(folder) / GENERATED).exists() for folder in {os.path.dirname(path) for path in files}):
-        warnings.warn(f"{pattern} are generated stand-ins: results compare with nothing", stacklevel=2)
+        warnings.warn(f"{pattern} are generated stand-ins: results on them are not comparable", stacklevel=2)
     return files
 
 
 def select(
     files: Sequence[str], total_frames: int, size: tuple[int, int], rng: np.random.Generator, decode: Decoder
 ) -> list[Clip]:
-    """Whole clips in random order until `total_frames` frames are gathered; the last clip is cut.
+    """Whole clips in random order until they have `total_frames` frames; the last clip is cut.
 
-    When the list is used up it is shuffled again and goes on. `total_frames` 0 takes every clip once. A file that
-    cannot be decoded is skipped with a warning.
+    If the list runs out, it is shuffled again. `total_frames` 0 takes every clip once. Files that cannot be decoded are
+    skipped with a warning.
     """
     clips, gathered, usable = [], 0, list(files)
     while usable:
@@ -151,7 +153,7 @@ def select(
 
 
 def cached(path: str, size: tuple[int, int], decode: Decoder) -> Clip | None:
-    """The decoded frames of one file as a .npy file in the cache and their number; None if it cannot be decoded."""
+    """The decoded frames of a file as a .npy file in the cache, and their number; None if it cannot be decoded."""
     stat = os.stat(path)
     height, width = size
     key = f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{height}x{width}|{decode.__name__}"
@@ -168,7 +170,7 @@ def cached(path: str, size: tuple[int, int], decode: Decoder) -> Clip | None:
 
 @functools.cache
 def cache_dir(root: str) -> Path:
-    """The folder `video` in `root`, or if that cannot be written one that is deleted when this process ends."""
+    """The folder `video` in `root`; if it is not writable, a temporary one that is deleted when this process ends."""
     folder = Path(root).expanduser() / "video"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,9 +187,9 @@ def cache_dir(root: str) -> Path:
 
 
 def decode_video(path: str, size: tuple[int, int]) -> list[np.ndarray]:
-    """All frames (H, W) uint8 of a video, or none if any part of it is damaged.
+    """All frames (H, W) uint8 of a video; [] if any part of it is damaged.
 
-    Grey is ffmpeg's `gray` format (full range), then bilinear scaling that ignores the aspect ratio.
+    Converted to ffmpeg's `gray` format (full range), then scaled bilinearly without keeping the aspect ratio.
     """
     height, width = size
     try:
@@ -195,12 +197,12 @@ def decode_video(path: str, size: tuple[int, int]) -> list[np.ndarray]:
             if container.streams.video:
                 container.streams.video[0].thread_type = "AUTO"
             return [cv2.resize(frame.to_ndarray(format="gray"), (width, height)) for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError):  # IndexError: no video in the file
+    except (av.FFmpegError, IndexError):  # IndexError: no video stream
         return []
 
 
 def decode_picture(path: str, size: tuple[int, int]) -> list[np.ndarray]:
-    """The one frame (H, W) uint8 of a picture, or none if it is damaged."""
+    """The single frame (H, W) uint8 of an image; [] if it is damaged."""
     height, width = size
     picture = cv2.imread(path, cv2.IMREAD_GRAYSCALE)
     return [] if picture is None else [cv2.resize(picture, (width, height))]
@@ -210,7 +212,7 @@ DECODERS: dict[str, Decoder] = {"video": decode_video, "images": decode_picture}
 
 
 def _write(target: Path, frames: np.ndarray) -> None:
-    # Several runs may decode the same clip at once: each writes a file of its own, and the last rename wins.
+    # Several runs may decode the same clip at once: each writes its own file, and the last rename wins.
     partial = target.with_suffix(f".{os.getpid()}.tmp")
     try:
         with partial.open("wb") as file:

@@ -1,21 +1,19 @@
-"""What a trained world model expects to see: a probe decoder learns to draw from its frozen latents.
+"""What a trained world model predicts: a probe decoder learns to reconstruct frames from its frozen latents.
 
 python figures/openloop.py ./log --out openloop.png
 
-LOGDIR is a run with its checkpoint and replay. The probe learns from replay alone, on the latents that the online
-networks infer from the pictures as they are; nothing of the world model changes. It draws the picture without
-distraction if replay has it (runs with --video_pred_log), else the observed one. Then the agent plays an evaluation
-episode: the model watches its first 10 frames and imagines the next 50 from the actions alone. The PNG has every fifth
-frame, an MP4 beside it all; from the top: observed (if that is not the truth), truth, model, error (grey is none).
+LOGDIR is a run with its checkpoint and replay. The probe is trained on replay, on the latents that the online networks
+infer from unmasked frames; the world model does not change. It reconstructs the frame without distraction if replay has
+it (runs with --video_pred_log), else the observed one. The agent then plays an evaluation episode, of which the model
+sees the first 10 frames and imagines the next 50 from the actions alone. The PNG shows every fifth frame, an MP4 beside
+it all of them. Rows: observed (if it differs from the truth), truth, model, error (grey is zero).
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +21,7 @@ import dreamer
 import envs
 import models
 import tools
-from figures import robustness
+from figures import grid, robustness
 
 
 def load_replay(config, state: dict, folder: Path) -> tools.Replay:
@@ -35,7 +33,7 @@ def load_replay(config, state: dict, folder: Path) -> tools.Replay:
 
 
 def run(args) -> None:
-    logdir, out = Path(args.logdir), Path(args.out)
+    logdir, out = Path(args.logdir), Path(args.out).with_suffix(".png")
     config, checkpoint = robustness.load(args.logdir, args)
     config.video_pred_log, config.envs = True, 1
     torch.manual_seed(config.seed)
@@ -48,27 +46,29 @@ def run(args) -> None:
         batches = (replay.sample() for _ in trange(args.updates, unit="update", disable=None))
         loss = models.fit_probe(agent.probe, agent.world_model, batches)
         seen = []
-        dreamer.evaluate(agent, vec, 1, seen=seen)
+        dreamer.evaluate(agent, vec, 1, rows=seen)
     finally:
         vec.close()
     frames = dreamer.open_loop(agent, seen)
     tools.save_mp4(out.with_suffix(".mp4"), frames, 10)
-    Image.fromarray(np.concatenate(frames[::5], 1)).save(out.with_suffix(".png"))
-    print(f"{out.with_suffix('.png')}: squared error per picture {loss:.2f} after {args.updates} updates")
+    grid.open_loop(frames[:: grid.EVERY], config.size[0]).save(out)
+    print(f"{out}: squared error per frame {loss:.2f} after {args.updates} updates of the probe")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logdir", help="folder of a run")
     parser.add_argument("--updates", type=int, default=2000, help="updates of the probe (2000)")
-    parser.add_argument("--untrained", action="store_true", help="fresh weights in place of those of the run")
-    parser.add_argument("--resource_files", help="other background files than those of the run")
-    parser.add_argument("--ds_resource_path", help="another folder of DAVIS than that of the run")
-    parser.add_argument("--out", default="openloop.png", help="picture (openloop.png); the video lies beside it")
+    parser.add_argument("--untrained", action="store_true", help="use initial weights instead of those of the run")
+    parser.add_argument("--resource_files", help="background files, if not those of the run")
+    parser.add_argument("--ds_resource_path", help="folder that holds DAVIS, if not that of the run")
+    parser.add_argument("--out", default="openloop.png", help="PNG to write (openloop.png); the video goes beside it")
     args = parser.parse_args(argv)
     try:
         if args.updates < 1:
             raise tools.UserError(f"--updates takes at least 1, not {args.updates}")
+        if Path(args.out).suffix not in ("", ".png"):
+            raise tools.UserError(f"--out {args.out}: the suffix must be .png")
         run(args)
     except (tools.UserError, envs.EnvError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""One self-contained HTML page about runs: curves, results, what differs, videos, robustness, versions.
+"""A self-contained HTML page about runs: curves, results, differing options, videos, robustness, versions.
 
 python figures/report.py ./log --out report.html
 
-Curves and results follow the rules of figures/plot.py, which takes the same options.
+Curves and results follow the rules of figures/plot.py and take the same options.
 """
 
 import base64
@@ -15,11 +15,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tools
-from figures import plot
+import numpy as np
+from PIL import Image
 
-ROBUSTNESS = ("denoising_factor", "action_agreement", "value_agreement")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import models
+import tools
+from figures import grid, plot
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
@@ -34,7 +37,7 @@ video { width: 200px; image-rendering: pixelated; background: #000 }
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """HTML of a table; numbers are set to the right."""
+    """An HTML table; numbers are right-aligned."""
 
     def cell(tag: str, text: str, like) -> str:
         kind = ' class="number"' if isinstance(like, int | float) else ""
@@ -65,11 +68,11 @@ def curves(results: plot.Results) -> str:
 def final(results: plot.Results) -> str:
     header = ["task", "method", "step", results.metric, "95% low", "95% high", "runs"]
     rows = [(*name, *map(float, point[:4]), point.runs) for name, point in results.final.items()]
-    return table(header, rows) if rows else "<p>The runs of no task have a bin in common.</p>"
+    return table(header, rows) if rows else "<p>No task has a bin that all its runs have reached.</p>"
 
 
 def progress(runs: Sequence[plot.Run]) -> str:
-    """A row per run: how far it is, what it returned last and how long it took."""
+    """One row per run: progress, last value and time taken."""
     rows = []
     for run in runs:
         last = plot.read_rows(run.logdir)[-1]
@@ -82,22 +85,22 @@ def progress(runs: Sequence[plot.Run]) -> str:
 
 
 def differences(runs: Sequence[plot.Run]) -> tuple[str, str]:
-    """Tables of the options that differ between runs, one column per (task, method), and of those that all share."""
+    """Tables of the options that differ between runs, with a column per (task, method), and of those all runs share."""
     groups = plot.group(runs)
     keys = [key for key in runs[0].config if key not in ("task", "logdir", "seed")]
     shown = {key: [json.dumps(run.config[key]) for run in runs] for key in keys}
     different = [key for key in keys if len(set(shown[key])) > 1]
     columns = []
-    for found in groups.values():
-        columns.append([", ".join(sorted({json.dumps(run.config[key]) for run in found})) for key in different])
+    for members in groups.values():
+        columns.append([", ".join(sorted({json.dumps(run.config[key]) for run in members})) for key in different])
     header = ["option", *(f"{task} {method}" for task, method in groups)]
     rows = [(key, *values) for key, *values in zip(different, *columns, strict=True)]
     shared = table(["option", "value"], [(key, shown[key][0]) for key in keys if key not in different])
-    return table(header, rows) if rows else "<p>None but task and seed.</p>", shared
+    return table(header, rows) if rows else "<p>Only task and seed.</p>", shared
 
 
 def videos(runs: Sequence[plot.Run]) -> str:
-    """The latest evaluation video of every run that has one, of each task it is evaluated on."""
+    """The latest evaluation video of every run, for each task it is evaluated on."""
     figures = []
     for run in runs:
         latest = {}
@@ -112,29 +115,38 @@ def videos(runs: Sequence[plot.Run]) -> str:
                 f'<figure><video controls autoplay loop muted playsinline src="{source}"></video>'
                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             )
-    return f'<div class="videos">{"".join(figures)}</div>' if figures else "<p>The runs have none.</p>"
+    return f'<div class="videos">{"".join(figures)}</div>' if figures else "<p>None.</p>"
 
 
 def strips(runs: Sequence[plot.Run]) -> str:
-    """The latest open-loop strip of every run that has one."""
+    """The latest open-loop strip of every run, with labels."""
     figures = []
     for run in runs:
         paths = sorted((run.logdir / "video").glob("eval*openloop_*.png"), key=plot.natural)
         if paths:
             caption = f"{run.task}, {run.method}, seed {run.seed}, step {paths[-1].stem.rpartition('_')[2]}"
-            source = data_uri("image/png", paths[-1].read_bytes())
+            source = data_uri("image/png", label_strip(paths[-1], run.config["size"]))
             figures.append(
                 f'<p class="note">{html.escape(caption)}</p><img class="strip" alt="open loop" src="{source}">'
             )
     note = (
-        "Every fifth frame. From the top: observed (if that is not the truth), truth, model, error (grey is none). The "
+        "Every fifth frame; error: grey is zero. The model sees 10 frames and imagines the rest from the actions alone."
     )
-    note += "model watches 10 frames, the first two pictures, then imagines the rest from the actions alone."
-    return "".join([f'<p class="note">{note}</p>', *figures]) if figures else "<p>The runs have none.</p>"
+    return "".join([f'<p class="note">{note}</p>', *figures]) if figures else "<p>None.</p>"
+
+
+def label_strip(path: Path, size: Sequence[int]) -> bytes:
+    """PNG of a strip written during training, whose frames have `size` (H, W)."""
+    height, width = size
+    strip = np.asarray(Image.open(path).convert("RGB"))
+    columns = np.stack(np.split(strip, strip.shape[1] // width, axis=1))
+    file = io.BytesIO()
+    grid.open_loop(columns, height).save(file, format="PNG")
+    return file.getvalue()
 
 
 def robustness(runs: Sequence[plot.Run], path: str | None) -> str:
-    """Last measurement during training of every run, and the table and picture of figures/robustness.py at `path`."""
+    """The last measurement of every run, and the table and picture of figures/robustness.py at `path`."""
     rows, parts = [], []
     for run in runs:
         last = {}
@@ -142,18 +154,21 @@ def robustness(runs: Sequence[plot.Run], path: str | None) -> str:
             last |= {key: value for key, value in row.items() if key.startswith("robustness/")}
         variants = plot.unique(key.split("/")[1] for key in last)
         for variant in variants:
-            values = [last.get(f"robustness/{variant}/{name}") for name in ROBUSTNESS]
+            values = [last.get(f"robustness/{variant}/{name}") for name in models.ROBUSTNESS]
             values = [float("nan") if value is None else value for value in values]
             rows.append((run.task, run.method, str(run.seed), variant, *values))
     if rows:
-        parts.append(table(["task", "method", "seed", "variant", *ROBUSTNESS], rows))
+        parts.append(table(["task", "method", "seed", "variant", *models.ROBUSTNESS], rows))
     if path:
         with open(path, newline="") as file:
             header, *lines = csv.reader(file)
         parts.append(table(header, [[number(cell) for cell in line] for line in lines]))
         picture = Path(path).with_suffix(".png").read_bytes()
         parts.append(f'<img alt="robustness" src="{data_uri("image/png", picture)}">')
-    return "".join(parts) or "<p>Not measured: --robustness_every, or figures/robustness.py and --robustness.</p>"
+    return (
+        "".join(parts)
+        or "<p>Not measured. Train with --robustness_every, or run figures/robustness.py and pass --robustness.</p>"
+    )
 
 
 def number(text: str) -> float | str:
@@ -164,19 +179,19 @@ def number(text: str) -> float | str:
 
 
 def versions(runs: Sequence[plot.Run]) -> str:
-    """A row per combination of commit, device and versions among all starts of the runs, and how many starts."""
+    """Combinations of commit, device and package versions, and how many starts of the runs had each."""
     starts = [start for run in runs for start in tools.read_config(run.logdir)["runs"]]
     names = plot.unique(name for start in starts for name in start["versions"])
     rows = []
     for start in starts:
-        commit = (start["git"]["commit"] or "unknown")[:12] + (" with changes" if start["git"]["dirty"] else "")
+        commit = (start["git"]["commit"] or "unknown")[:12] + (" (modified)" if start["git"]["dirty"] else "")
         rows.append((commit, start["device"], *(start["versions"].get(name) or "-" for name in names)))
     counted = [(*row, rows.count(row)) for row in plot.unique(rows)]
     return table(["commit", "device", *names, "starts"], counted)
 
 
 def page(runs: Sequence[plot.Run], results: plot.Results, measured: str | None = None) -> str:
-    """The whole page, HTML; `measured` is a CSV of figures/robustness.py."""
+    """The HTML page; `measured` is the path of a CSV from figures/robustness.py."""
     different, shared = differences(runs)
     tasks = plot.unique(run.task for run in runs)
     title = f"{', '.join(tasks[:3])}{' ...' if len(tasks) > 3 else ''}: {len(runs)} runs"
@@ -189,14 +204,14 @@ def page(runs: Sequence[plot.Run], results: plot.Results, measured: str | None =
 <h2>Curves</h2>
 {curves(results)}
 <p class="note">Interquartile mean over runs with a 95% interval by stratified bootstrap; bins of {results.width:g}
-frames. Pale: some runs have not got there. With fewer than four runs it is the mean, and the interval is too narrow to
-rely on.{html.escape(dashed)}</p>
+frames. Lines are faded where not all runs have data. With fewer than four runs the plain mean is shown, and the
+interval is too narrow to rely on.{html.escape(dashed)}</p>
 <h2>Final results</h2>
 {final(results)}
-<p class="note">In the latest bin that all runs of a task have.</p>
+<p class="note">In the latest bin that all runs of a task have reached.</p>
 <h2>Runs</h2>
 {progress(runs)}
-<h2>What differs</h2>
+<h2>Differing options</h2>
 {different}
 <h2>Latest evaluation videos</h2>
 {videos(runs)}
@@ -204,11 +219,11 @@ rely on.{html.escape(dashed)}</p>
 {strips(runs)}
 <h2>Robustness</h2>
 {robustness(runs, measured)}
-<p class="note">1: the distraction changes nothing; 0: it matters as much as the state (denoising factor) or decides
-alone (agreements).</p>
+<p class="note">1: the distraction has no effect. 0: it matters as much as the state (denoising factor), or it alone
+decides (agreements).</p>
 <h2>Versions</h2>
 {versions(runs)}
-<h2>Settings that all share</h2>
+<h2>Shared options</h2>
 <details><summary>Show</summary>{shared}</details>
 </body></html>
 """
@@ -216,7 +231,7 @@ alone (agreements).</p>
 
 def main(argv: list[str] | None = None) -> int:
     parser = plot.arguments(__doc__, "report.html")
-    parser.add_argument("--robustness", help="CSV of figures/robustness.py, whose picture lies beside it")
+    parser.add_argument("--robustness", help="CSV of figures/robustness.py, with its picture beside it")
     args = parser.parse_args(argv)
     try:
         text = page(*plot.load(args), args.robustness)

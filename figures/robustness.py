@@ -1,35 +1,40 @@
-"""Does the latent ignore the distraction? The same states of the simulator, seen through many distractions.
+"""How much does a distraction change the latent? The same simulator states, rendered under many distractions.
 
 python figures/robustness.py ./log --task dmc_walker_stand_video,dmc_walker_stand_color_hard --out robustness.png
 
-LOGDIR is a run of the control suite with a checkpoint; several are compared. Beside the PNG goes a CSV with the table.
-Without --task: the variants the run was trained and evaluated on, or all whose files are there if it has none.
+LOGDIR is a control-suite run with a checkpoint; pass several to compare them. The table is also written as CSV beside
+the picture. Default of --task: the variants that the run was trained and evaluated on; if there are none, all variants
+whose files are available.
 
-One episode after the other, the same random actions are played from the same starts without distraction and under
---draws distractions of a kind, drawn with other seeds than those of training; that the simulators move alike is
-checked. The online networks filter each sequence as the policy does, but with the mode of each latent instead of a
-sample, so that all differences come from the picture. With z_sk the latent of state s (class probabilities, or
-means, and the recurrent state) under draw k, and |.| the Euclidean distance:
+The same random actions are played from the same initial states, without distraction and under --draws distractions of a
+kind, drawn with other seeds than those of training; the simulator states are checked to be equal. The online networks
+filter each sequence like the policy, but take the mode of each latent instead of a sample, so that all differences come
+from the picture. With z_sk the latent of state s (class probabilities or means, and the recurrent state) under draw k,
+and |.| the Euclidean norm:
 
 - denoising factor = (other - same) / (other + same), where `same` is the mean of |z_sk - z_sk'| over draws k != k' and
   `other` the mean of |z_sk - z_s'k'| over states s != s' (Luo et al., 2025, arXiv 2506.00563): 1 if only the state
-  matters, 0 if the distraction matters as much as which state it is.
-- action and value agreement = 1 - (variance over draws) / (variance over states and draws) of the policy's mode and of
-  the critic's value: 1 if the distraction changes nothing, about 0 if it decides alone.
-- return: mean of --episodes evaluation episodes, beside that of the clean task.
+  matters, 0 if the draw matters as much as the state.
+- action and value agreement = 1 - (variance over draws) / (variance over states and draws) of the policy's mode and the
+  critic's value: 1 if the distraction has no effect, about 0 if it alone decides.
+- return: mean of --episodes evaluation episodes, next to that on the clean task.
 
-`untrained` is the same network with fresh weights: what the architecture does by itself.
+Intervals are at 95%: over draws (jackknife, three draws or more), and over episodes for returns; columns ending in _ci
+hold half their width. `untrained` is the same network with its initial weights, the effect of the architecture alone.
 """
 
 import argparse
 import copy
 import csv
+import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer
@@ -37,17 +42,20 @@ import envs
 import models
 import tools
 from envs import paired
+from envs.dmc import VARIANTS
+from figures import plot
 
+MEASURES = (*models.ROBUSTNESS, "return")
 COLUMNS = ("run", "task", *models.ROBUSTNESS, "same", "other", "return", "of_clean")
 
 
 def load(logdir: str, args) -> tuple[SimpleNamespace, dict]:
-    """Config and checkpoint of a run."""
+    """Config and checkpoint of a run. Raises UserError."""
     saved = tools.read_config(Path(logdir))
     checkpoint = tools.load_checkpoint(Path(logdir) / "latest.pt")
     if saved is None or checkpoint is None:
         raise tools.UserError(f"{logdir} holds no run with a checkpoint")
-    # Options that are younger than the run have their defaults.
+    # Options added since the run was made take their defaults.
     flat = tools.flatten(vars(tools.load_config([]))) | tools.flatten(saved["config"])
     config = SimpleNamespace(**tools.unflatten(flat))
     config.video_pred_log = False
@@ -57,24 +65,24 @@ def load(logdir: str, args) -> tuple[SimpleNamespace, dict]:
     return config, checkpoint
 
 
-def find_tasks(config, options: dict, asked: str) -> list[str]:
-    """What to measure on: as asked, or the variants of the run, or all that can be shown."""
-    tasks = asked.split(",") if asked else [t for t in [config.task, *config.eval_task] if envs.parse_task(t).variant]
+def find_tasks(config, options: dict, requested: str) -> list[str]:
+    """Tasks to measure on: those requested, else the variants of the run, else every variant that can be rendered."""
+    clean = paired.clean_task(config.task)
+    if requested:
+        tasks = requested.split(",")
+    else:
+        tasks = [task for task in (config.task, *config.eval_task) if envs.parse_task(task).variant]
+    for task in tasks:
+        if envs.parse_task(task)[:3] != envs.parse_task(config.task)[:3] or not envs.parse_task(task).variant:
+            raise tools.UserError(f"--task {task}: give variants of {clean}, such as {clean}_video")
     if tasks:
-        for task in tasks:
-            if envs.parse_task(task)[:3] != envs.parse_task(config.task)[:3] or not envs.parse_task(task).variant:
-                raise tools.UserError(
-                    f"--task {task}: give variants of {paired.clean_task(config.task)}, such as ..._video"
-                )
         return list(dict.fromkeys(tasks))
-    from envs.dmc import VARIANTS
-
     for variant in VARIANTS:
         try:
-            envs.prepare(f"{paired.clean_task(config.task)}_{variant}", **options)
-            tasks.append(f"{paired.clean_task(config.task)}_{variant}")
+            envs.prepare(f"{clean}_{variant}", **options)
+            tasks.append(f"{clean}_{variant}")
         except envs.EnvError as error:
-            tools.warn(f"{variant} left out: {error}")
+            tools.warn(f"{variant} skipped: {error}")
     return tasks
 
 
@@ -87,86 +95,143 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-def draw(rows: list[dict], pictures: dict[str, np.ndarray], path: Path) -> None:
-    """Bars of every number by task and run; above them one state under all draws (K,H,W,C) of each task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = [name for name in (*models.ROBUSTNESS, "return") if any(name in row for row in rows)]
+def draw(rows: list[dict], pictures: dict[str, np.ndarray]) -> plot.plt.Figure:
+    """One state under all draws (K,H,W,C) of each task; below, bars of every measure by task and run."""
+    measures = [name for name in MEASURES if any(name in row for row in rows)]
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    figure = plt.figure(figsize=(14, 2.2 + 1.1 * len(pictures) + 0.25 * len(runs)), layout="constrained")
-    above, below, foot = figure.subfigures(3, 1, height_ratios=[1.1 * len(pictures), 2.2, 0.25 * len(runs)])
-    for axis, (task, frames) in zip(
-        above.subplots(len(pictures), 1, squeeze=False)[:, 0], pictures.items(), strict=True
-    ):
-        axis.imshow(np.concatenate(frames, 1), interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(f"one state, {task}", fontsize=9)
-    for axis, name in zip(below.subplots(1, len(names)), names, strict=True):
-        tasks = list(dict.fromkeys(row["task"] for row in rows if name in row))
-        for i, run in enumerate(runs):
-            found = {row["task"]: row.get(name, np.nan) for row in rows if row["run"] == run}
-            x = np.arange(len(tasks)) + (i - (len(runs) - 1) / 2) * 0.8 / len(runs)
-            color = "0.6" if run.endswith("untrained") else f"C{i}"
-            axis.bar(x, [found.get(task, np.nan) for task in tasks], 0.8 / len(runs), label=run, color=color)
-        axis.set_xticks(range(len(tasks)), [envs.parse_task(task).variant or "clean" for task in tasks])
-        axis.set_title(name.replace("_", " "))
-        axis.axhline(0, color="black", lw=0.8)
-        axis.grid(axis="y", alpha=0.25)
-    handles, labels = axis.get_legend_handles_labels()
-    foot.legend(handles, labels, loc="center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    trained = [run for run in runs if not run.endswith(" untrained")]
+    per_row = min(len(pictures), 3)
+    strips = math.ceil(len(pictures) / per_row)
+    draws = max(map(len, pictures.values()))
+    strip_height = min(9.0 / per_row / draws, 1.2) + 0.35
+    figure = plot.plt.figure(figsize=(9.0, strips * strip_height + 2.3 + 0.22 * len(trained)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[strips * strip_height, 2.3 + 0.22 * len(trained)])
+    axes = above.subplots(strips, per_row, squeeze=False).ravel()
+    for axis in axes[len(pictures) :]:
+        axis.remove()
+    for axis, (task, images) in zip(axes, pictures.items(), strict=False):
+        axis.imshow(np.concatenate(images, 1), interpolation="nearest")
+        width = images.shape[2]
+        axis.set_xticks([width * (k + 0.5) - 0.5 for k in range(len(images))], range(1, len(images) + 1), fontsize=8)
+        axis.tick_params(length=0, pad=1)
+        axis.set_yticks([])
+        axis.set_title(f"{variant_name(task)}: one state, draws 1 to {len(images)}", fontsize=9)
+    for axis, name in zip(below.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        draw_bars(axis, name, rows, trained)
+    handles = {}
+    for axis in below.axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    below.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(len(trained), 4), frameon=False, fontsize=8
+    )
+    return figure
 
 
-def run(args) -> None:
+def draw_bars(axis, name: str, rows: list[dict], trained: list[str]) -> None:
+    """One measure by task, a bar per run in its colour; the untrained network of a run is pale and hatched."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows if name in row))
+    runs = [run for run in dict.fromkeys(row["run"] for row in rows) if any(name in r for r in rows if r["run"] == run)]
+    labels, width = short_names(trained), 0.8 / len(runs)
+    for i, run in enumerate(runs):
+        own = run.removesuffix(" untrained")
+        values = {row["task"]: row for row in rows if row["run"] == run and name in row}
+        x = np.arange(len(tasks)) + (i - (len(runs) - 1) / 2) * width
+        heights = [values[task][name] if task in values else np.nan for task in tasks]
+        errors = [values[task].get(f"{name}_ci", np.nan) if task in values else np.nan for task in tasks]
+        style = {"color": plot.COLORS[trained.index(own) % len(plot.COLORS)], "label": labels[own]}
+        if run != own:
+            style |= {"alpha": 0.45, "hatch": "////", "edgecolor": "white", "label": f"{labels[own]}, untrained"}
+        axis.bar(x, heights, width, **style)
+        axis.errorbar(x, heights, errors, fmt="none", ecolor="black", elinewidth=1, capsize=1.5)
+    turn = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(tasks) > 3 else {}
+    axis.set_xlim(-0.5, len(tasks) - 0.5)
+    axis.set_xticks(range(len(tasks)), map(variant_name, tasks), fontsize=8, **turn)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set_title(name.replace("_", " "), fontsize=9)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+
+
+def variant_name(task: str) -> str:
+    return envs.parse_task(task).variant.replace("_", " ") or "clean"
+
+
+def short_names(runs: list[str]) -> dict[str, str]:
+    """Folders of runs without the part of the path that all of them share; a single run keeps two folders."""
+    paths = [Path(run).absolute() for run in runs]
+    shared = os.path.commonpath([path.parent if len(runs) > 1 else path.parent.parent for path in paths])
+    return {run: os.path.relpath(path, shared) for run, path in zip(runs, paths, strict=True)}
+
+
+def measure(args) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Rows of the table, and one state under all draws (K,H,W,C) of each task."""
     rows, pictures = [], {}
     for logdir in args.logdir:
         config, checkpoint = load(logdir, args)
         options = dreamer.env_options(config)
         tasks, clean = find_tasks(config, options, args.task), paired.clean_task(config.task)
-        space = envs.make(clean, **options)
+        env = envs.make(clean, **options)
         torch.manual_seed(config.seed)
-        agent = dreamer.make_agent(config, space.observation_space, space.action_space)
-        space.close()
+        agent = dreamer.make_agent(config, env.observation_space, env.action_space)
+        env.close()
         agents = {logdir: agent, f"{logdir} untrained": copy.deepcopy(agent)}
         dreamer.load_agent(agent, checkpoint["agent"])
         returns = {}
-        for task in [clean] * (args.episodes > 0) + tasks:
-            if args.episodes:
-                vec = dreamer.make_envs(config, "eval", task=task)
-                returns[task] = dreamer.evaluate(agent, vec, args.episodes)[0]["return"]
-                vec.close()
-            if task == clean:
-                rows.append({"run": logdir, "task": task, "return": returns[task], "of_clean": 1.0})
-                continue
+        if args.episodes:
+            returns = {task: measure_return(agent, config, task, args.episodes) for task in (clean, *tasks)}
+            rows.append({"run": logdir, "task": clean, "of_clean": 1.0} | returns[clean])
+        for task in tasks:
             obs, actions = paired.render(task, options, draws=args.draws, steps=args.steps)
             pictures.setdefault(task, obs["image"][:, 0, -1])
-            for name, found in agents.items():
-                measured = models.measure_robustness(found.world_model, found.actor_critic, obs, actions)
-                rows.append({"run": name, "task": task} | measured)
-                if args.episodes and found is agent:
-                    rows[-1] |= {"return": returns[task], "of_clean": returns[task] / returns[clean]}
+            for name, candidate in agents.items():
+                metrics = models.measure_robustness(candidate.world_model, candidate.actor_critic, obs, actions)
+                quantile = stats.t.ppf(0.975, args.draws - 1)
+                errors = {key: metrics.pop(f"{key}_error") for key in models.ROBUSTNESS if f"{key}_error" in metrics}
+                intervals = {f"{key}_ci": float(quantile * error) for key, error in errors.items()}
+                rows.append({"run": name, "task": task} | metrics | intervals)
+                if candidate is agent and returns:
+                    rows[-1] |= returns[task] | {"of_clean": returns[task]["return"] / returns[clean]["return"]}
+    return rows, pictures
+
+
+def measure_return(agent: dreamer.Agent, config, task: str, episodes: int) -> dict[str, float]:
+    """Mean return and half the width of its interval."""
+    vec = dreamer.make_envs(config, "eval", task=task)
+    try:
+        metrics, _ = dreamer.evaluate(agent, vec, episodes)
+    finally:
+        vec.close()
+    low, high = dreamer.interval(metrics)
+    return {"return": metrics["return"], "return_ci": (high - low) / 2}
+
+
+def run(args) -> None:
+    paths = plot.check_out(Path(args.out))
+    rows, pictures = measure(args)
     print(table(rows))
     with open(Path(args.out).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [*COLUMNS, *(f"{name}_ci" for name in MEASURES)])
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, pictures, Path(args.out).with_suffix(".png"))
+    figure = draw(rows, pictures)
+    for path in paths:
+        figure.savefig(path, dpi=200)
+    plot.plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logdir", nargs="+", help="folders of runs")
-    parser.add_argument("--task", default="", help="variants to measure on, separated by commas")
-    parser.add_argument("--draws", type=int, default=4, help="distractions per state (4)")
-    parser.add_argument("--steps", type=int, default=50, help="states of each of two episodes (50)")
-    parser.add_argument("--episodes", type=int, default=8, help="evaluation episodes per task, 0 for no returns (8)")
-    parser.add_argument("--resource_files", help="other background files than those of the run")
-    parser.add_argument("--ds_resource_path", help="another folder of DAVIS than that of the run")
-    parser.add_argument("--out", default="robustness.png", help="picture (robustness.png); the CSV lies beside it")
+    parser.add_argument("--task", default="", help="task variants to measure on, separated by commas")
+    parser.add_argument("--draws", type=int, default=4, help="draws of the distraction per state (4)")
+    parser.add_argument("--steps", type=int, default=50, help="states in each of two episodes (50)")
+    parser.add_argument("--episodes", type=int, default=8, help="evaluation episodes per task; 0 skips returns (8)")
+    parser.add_argument("--resource_files", help="background files, if not those of the run")
+    parser.add_argument("--ds_resource_path", help="folder that holds DAVIS, if not that of the run")
+    parser.add_argument(
+        "--out", default="robustness.png", help="picture, .png, .pdf or .svg (robustness.png); the CSV goes beside it"
+    )
     args = parser.parse_args(argv)
     try:
         if min(args.draws, args.steps) < 2 or args.episodes < 0:

@@ -1,4 +1,4 @@
-"""Draw the variants of the tasks: one row per domain, one column per variant, the same simulator state along a row.
+"""The variants of the tasks: one row per task, one column per variant, the same simulator state along a row.
 
 python figures/variants.py --resource_files 'DIR/*.mp4' --ds_resource_path DIR --out figures/variants.png
 """
@@ -7,20 +7,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 from envs.distracting_cs import DOMAINS
 from envs.dmc import VARIANTS
+from figures import grid
 
 TASKS = ["walker_stand", "cheetah_run", "hopper_stand", "finger_spin", "reacher_easy", "cartpole_balance"]
 TASKS += ["ball_in_cup_catch"]
-EDGE, GAP, HEAD = 128, 4, 16  # pixels
 
 
-def frame(task: str, **options) -> Image.Image:
-    """The observation (64,64,3) after twenty random actions of the second episode, enlarged."""
+def observe(task: str, **options) -> np.ndarray:
+    """The observation (64, 64, 3) after twenty random actions of the second episode."""
     env = envs.make(task, seed=0, task_seed=0, **options)
     env.action_space.seed(0)
     env.reset()
@@ -28,29 +28,27 @@ def frame(task: str, **options) -> Image.Image:
     for _ in range(20):
         image = env.step(env.action_space.sample())[0]["image"]
     env.close()
-    return Image.fromarray(image).resize((EDGE, EDGE), Image.NEAREST)
+    return image
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--resource_files", default="../distractors/*.mp4")
-    parser.add_argument("--ds_resource_path", default="..")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resource_files", default="../distractors/*.mp4", help="background videos of `video`")
+    parser.add_argument("--ds_resource_path", default="..", help="folder that holds DAVIS")
     parser.add_argument("--distracting_cs_intensity", type=float, default=0.1)
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="control-suite tasks without dmc_")
     parser.add_argument("--out", default="figures/variants.png")
-    args = vars(parser.parse_args())
-    tasks, out = args.pop("tasks"), args.pop("out")
-    step = EDGE + GAP
-    picture = Image.new("RGB", (step * (1 + len(VARIANTS)), HEAD + step * len(tasks)), "white")
-    draw = ImageDraw.Draw(picture)
-    for column, variant in enumerate(["", *VARIANTS]):
-        draw.text((column * step + 4, 2), variant or "clean", "black")
-        for row, task in enumerate(tasks):
-            if variant.endswith("_cs") and not task.startswith(DOMAINS):
-                continue  # not defined by the benchmark
-            tile = frame("_".join(filter(None, ["dmc", task, variant])), **args)
-            picture.paste(tile, (column * step, HEAD + row * step))
-        print(variant or "clean", flush=True)
+    options = vars(parser.parse_args())
+    tasks, out = options.pop("tasks"), options.pop("out")
+    rows = []
+    for task in tasks:
+        # The benchmark defines distracting_cs and sensor_cs for some domains only.
+        variants = [v for v in VARIANTS if not v.endswith("_cs") or task.startswith(DOMAINS)]
+        frames = {variant: observe(f"dmc_{task}_{variant}", **options) for variant in variants}
+        rows.append([observe(f"dmc_{task}", **options), *(frames.get(variant) for variant in VARIANTS)])
+        print(task, flush=True)
+    columns = ["clean", *VARIANTS]
+    picture = grid.draw(rows, [task.replace("_", " ") for task in tasks], columns)
     picture.quantize(256).save(out, optimize=True)
 
 

@@ -1,6 +1,6 @@
-"""Checks that this machine can train: one line per check, with the fix for what fails; exit status 1 on a failure.
+"""Checks that this machine can train: one line per check, with a fix for each failure; exit status 1 on failure.
 
-Run it as `setup/run.sh python setup/doctor.py`. A warning means that training runs, but less well than it could.
+Run it as `setup/run.sh python setup/doctor.py`. With a warning training works, but with restrictions.
 """
 
 import os
@@ -23,7 +23,7 @@ from dm_control import suite
 frame = suite.load("cartpole", "balance").physics.render(64, 64, camera_id=0)
 assert frame.shape == (64, 64, 3) and frame.std() > 1, "the frame is blank"
 """
-Line = tuple[str, str, str]  # "ok", "warn" or "FAIL"; what was found; the fix
+Line = tuple[str, str, str]  # "ok", "warn" or "FAIL"; the result; the fix
 
 
 def check_python() -> Iterator[Line]:
@@ -32,18 +32,18 @@ def check_python() -> Iterator[Line]:
 
 
 def check_packages() -> Iterator[Line]:
-    """Every pinned requirement is installed in exactly that version (a local build tag such as +cpu is free)."""
+    """Every requirement is installed in exactly the pinned version (local build tags such as +cpu are ignored)."""
     text = "".join(p.read_text() for p in sorted(SETUP.glob("requirements*.txt")))
     requirements = [Requirement(line) for line in re.findall(r"^\w.*", text, re.M)]
     pins = {r.name: str(r.specifier)[2:] for r in requirements if r.marker is None or r.marker.evaluate()}
     wrong = []
     for name, wanted in pins.items():
         try:
-            found = metadata.version(name).split("+")[0]
+            version = metadata.version(name).split("+")[0]
         except metadata.PackageNotFoundError:
-            found = "missing"
-        if found != wanted:
-            wrong.append(f"{name} is {found}, not {wanted}")
+            version = "missing"
+        if version != wanted:
+            wrong.append(f"{name} is {version}, not {wanted}")
     yield "FAIL" if wrong else "ok", f"{len(pins)} pinned packages" + "".join(f"; {w}" for w in wrong), INSTALL
 
 
@@ -62,7 +62,7 @@ def check_torch() -> Iterator[Line]:
     elif Path("/proc/driver/nvidia/version").exists():
         yield (
             "warn",
-            "torch sees no GPU although there is an NVIDIA driver",
+            "torch sees no GPU although an NVIDIA driver is installed",
             "check nvidia-smi and CUDA_VISIBLE_DEVICES",
         )
     else:
@@ -70,7 +70,7 @@ def check_torch() -> Iterator[Line]:
 
 
 def check_rendering() -> Iterator[Line]:
-    """Renders a frame in a fresh process per way of rendering, since a process can use only one of them."""
+    """Renders a frame with each backend, in a subprocess because a process can use only one of them."""
     asked = os.environ.get("MUJOCO_GL")
     works = False
     for backend in [asked] if asked else ["egl", "osmesa"]:
@@ -104,7 +104,7 @@ def check_cache() -> Iterator[Line]:
 
 
 def check_replay() -> Iterator[Line]:
-    """Room for a full replay of the default size, in memory and (its saved copy) on the disk of this folder."""
+    """Space for a full replay of the default size, in memory and, for its saved copy, on the disk of this folder."""
     import yaml
 
     steps = int(yaml.safe_load((SETUP.parent / "configs.yaml").read_text())["defaults"]["dataset_size"])
@@ -114,11 +114,11 @@ def check_replay() -> Iterator[Line]:
     disk = shutil.disk_usage(".").free / 2**30
     text = f"a full replay takes {needed:.1f} GiB; free: memory {memory:.1f} GiB, disk here {disk:.1f} GiB"
     fits = needed < min(memory, disk)
-    yield "ok" if fits else "warn", text, "runs that fill it need a smaller --dataset_size or --steps"
+    yield "ok" if fits else "warn", text, "use a smaller --dataset_size or --steps for runs that would fill it"
 
 
 def check_vulkan() -> Iterator[Line]:
-    """What SAPIEN, ManiSkill2's simulator, renders on."""
+    """The device on which SAPIEN, the simulator of ManiSkill2, renders."""
     sys.path.insert(0, str(SETUP.parent))
     from envs import EnvError, maniskill
 

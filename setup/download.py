@@ -1,14 +1,13 @@
-"""Gets the files that some tasks need and no package brings, into `$HRSSM_ASSETS` or `~/.cache/hrssm`.
+"""Downloads files that some tasks need and no package contains, to `$HRSSM_ASSETS` or `~/.cache/hrssm`.
 
     python setup/download.py dmcgs                  colours and videos of the dmc_*_{color,video}_{easy,hard} tasks
     python setup/download.py davis                  backgrounds of the dmc_*_distracting_cs tasks
-    python setup/download.py kinetics --from DIR    clips for dmc_*_video tasks, out of a local copy of Kinetics-400
-    python setup/download.py matterport --from DIR  rooms (*.glb) of the rms_* tasks, out of a local folder
-    python setup/download.py maniskill              models that turn_faucet, assembling_kits, panda_avoid_obstacles need
-    python setup/download.py demo                   makes stand-ins for all of these, to try things out; no download
-                                                    (but none for the models of maniskill)
+    python setup/download.py kinetics --from DIR    clips for dmc_*_video tasks, from a local copy of Kinetics-400
+    python setup/download.py matterport --from DIR  rooms (*.glb) for rms_* tasks, from a local folder
+    python setup/download.py maniskill              models for turn_faucet, assembling_kits, panda_avoid_obstacles
+    python setup/download.py demo                   generates stand-ins for all of these but maniskill, without download
 
-A broken download goes on where it stopped. Every file is checked before it takes its place.
+Interrupted downloads resume. Files are verified before they are moved into place.
 """
 
 import argparse
@@ -48,19 +47,19 @@ LICENCES = {
     "kinetics": "Kinetics-400: annotations by DeepMind, CC BY 4.0; the clips belong to their YouTube authors",
     "matterport": "Matterport3D: academic use under its own terms; the RePo authors' README links the rooms as .glb",
     "maniskill": "ManiSkill2 assets: CC BY-NC 4.0, with parts of PartNet-Mobility and the Kit Assembly data set",
-    "demo": "generated here, free to use; looks like nothing published, so results on it compare with nothing",
+    "demo": "generated here, free to use; unlike any published set, so results on it are not comparable",
 }
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30  # seconds without receiving data
 
 
 class DownloadError(Exception):
-    """Something the user can mend, in one line."""
+    """An error that the user can fix; the message is one line."""
 
 
 def fetch(source: str, target: Path, git_blob: str | None = None) -> None:
-    """Copy a URL or a local file to `target`, by way of `target`.part, which a later call goes on with.
+    """Copy a URL or a local file to `target` through `target`.part, from which a later call resumes.
 
-    `git_blob` is the name git gives to the content, a hash that the public repository itself publishes.
+    `git_blob` is the expected git object id of the content, a hash that the public repository itself publishes.
     """
     if target.exists() and (git_blob is None or blob_name(target) == git_blob):
         return
@@ -73,7 +72,7 @@ def fetch(source: str, target: Path, git_blob: str | None = None) -> None:
             shutil.copyfile(source, part)
     except FileNotFoundError:
         raise DownloadError(f"{source} does not exist: check --from") from None
-    except OSError as error:  # that of requests is one, too
+    except OSError as error:  # includes RequestException
         if error.errno == errno.ENOSPC:
             part.unlink(missing_ok=True)
             raise DownloadError(f"no space left for {target}: free some, or set HRSSM_ASSETS elsewhere") from None
@@ -88,7 +87,7 @@ def _fetch_url(url: str, part: Path) -> None:
     have = part.stat().st_size if part.exists() else 0
     with requests.get(url, stream=True, timeout=TIMEOUT, headers={"Range": f"bytes={have}-"} if have else {}) as reply:
         if reply.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # all of it is here already
+            return  # the file is complete already
         reply.raise_for_status()
         resumed = reply.status_code == requests.codes.partial_content
         have = have if resumed else 0
@@ -99,11 +98,11 @@ def _fetch_url(url: str, part: Path) -> None:
                 file.write(chunk)
                 bar.update(len(chunk))
         if size is not None and part.stat().st_size != size:
-            raise OSError(f"{part.stat().st_size} of {size} bytes came")
+            raise OSError(f"received {part.stat().st_size} of {size} bytes")
 
 
 def blob_name(path: Path) -> str:
-    """The SHA-1 that git stores a file under."""
+    """The git object id (SHA-1) of a file."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -112,7 +111,7 @@ def blob_name(path: Path) -> str:
 
 
 def unpack(archive: Path, folder: Path, wanted: Iterable[str]) -> None:
-    """Unpack the members of a zip file below the prefixes `wanted` into `folder`, all of them or none."""
+    """Unpack the members of a zip file that start with one of `wanted` into `folder`, all or nothing."""
     prefixes = tuple(wanted)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
@@ -127,7 +126,7 @@ def unpack(archive: Path, folder: Path, wanted: Iterable[str]) -> None:
                     )
             for member in tqdm(members, desc=f"unpack {archive.name}", disable=None):
                 if member.filename.startswith(prefixes):
-                    file.extract(member, scratch)  # checks the content's checksum
+                    file.extract(member, scratch)  # verifies the checksum
         if folder.exists():
             shutil.rmtree(folder)
         scratch.rename(folder)
@@ -147,7 +146,7 @@ def get_dmcgs(folder: Path, source: str | None) -> None:
         try:
             fetch(f"{base}/{name}", folder / name, blob)
         except DownloadError:
-            # A local copy may lack some videos; the tasks use those that there are.
+            # A local copy may lack some videos; the tasks use those that exist.
             if "://" in base or not name.endswith(".mp4") or Path(base, name).exists():
                 raise
             missing.append(name)
@@ -155,11 +154,11 @@ def get_dmcgs(folder: Path, source: str | None) -> None:
         print(f"{base} lacks {len(missing)} videos: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")
     tables = {mode: read_colors(folder / f"{mode}.pt") for mode in ("color_easy", "color_hard")}
     write_text(folder / "colors.json", json.dumps(tables))
-    (folder / assets.GENERATED).unlink(missing_ok=True)  # only now are no stand-ins left
+    (folder / assets.GENERATED).unlink(missing_ok=True)  # after all stand-ins have been replaced
 
 
 def read_colors(path: Path) -> list[dict[str, list[float]]]:
-    """A published colour table. It is a pickle of numpy arrays: read with nothing else allowed in it."""
+    """A published colour table: a pickle of numpy arrays, loaded with nothing else allowed in it."""
     import torch
 
     allowed = [np.array(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.Float64DType]
@@ -183,7 +182,7 @@ def get_davis(folder: Path, source: str | None) -> None:
         fetch(source or DAVIS_URL, archive)
         unpack(archive, folder, ["DAVIS/JPEGImages/480p/"])
         archive.unlink()
-    # The project publishes no hashes: the checksums within the archive and the list of videos have to do.
+    # The project publishes no hashes; check against the list of videos, after the checksums in the archive.
     lacking = [name for name in DAVIS if not any((folder / "DAVIS/JPEGImages/480p" / name).glob("*.jpg"))]
     if lacking:
         raise DownloadError(f"{source or DAVIS_URL} lacks {len(lacking)} of {len(DAVIS)} videos, such as {lacking[0]}")
@@ -192,7 +191,7 @@ def get_davis(folder: Path, source: str | None) -> None:
 def get_kinetics(folder: Path, source: str | None) -> None:
     if not source:
         raise DownloadError(
-            "Kinetics-400 must be got from its own downloader; then: python setup/download.py kinetics --from DIR"
+            "get Kinetics-400 with its own downloader first; then: python setup/download.py kinetics --from DIR"
         )
     clips = driving_car(Path(source))
     if not clips:
@@ -203,7 +202,7 @@ def get_kinetics(folder: Path, source: str | None) -> None:
 
 
 def driving_car(root: Path) -> list[Path]:
-    """Clips of the label in either layout of Kinetics-400: a folder per label, or flat with a list in CSV."""
+    """Clips labelled `driving car`, in either layout of Kinetics-400: a folder per label, or flat with a CSV list."""
     folders = [p for p in root.rglob("*") if p.is_dir() and p.name.replace("_", " ") == "driving car"]
     clips = [clip for folder in folders for clip in folder.glob("*.mp4")]
     for table in [] if clips else root.rglob("train*.csv"):
@@ -216,7 +215,7 @@ def driving_car(root: Path) -> list[Path]:
 def get_matterport(folder: Path, source: str | None) -> None:
     if not source:
         raise DownloadError(
-            "get the rooms by the link in github.com/zchuning/repo first; then: python setup/download.py matterport "
+            "get the rooms from the link in github.com/zchuning/repo first; then: python setup/download.py matterport "
             "--from DIR"
         )
     rooms = sorted(Path(source).rglob("*.glb"))
@@ -230,7 +229,7 @@ def get_matterport(folder: Path, source: str | None) -> None:
 
 
 def get_maniskill(folder: Path, source: str | None) -> None:
-    """ManiSkill2's own downloader, which checks hashes; `source` is a folder with the same layout as its result."""
+    """Runs ManiSkill2's own downloader, which verifies hashes; `source` is a folder with the layout of its result."""
     if source:
         try:
             shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -250,7 +249,7 @@ def get_maniskill(folder: Path, source: str | None) -> None:
 
 
 def get_demo(folder: Path, source: str | None) -> None:
-    """Stand-ins for every set that is not here: drifting landscapes with moving blobs, and random colours."""
+    """Stand-ins for every set that is missing: drifting landscapes with moving blobs, and random colours."""
     import cv2
 
     rng = np.random.default_rng(0)
@@ -269,7 +268,7 @@ def get_demo(folder: Path, source: str | None) -> None:
             for t, frame in enumerate(landscape(rng, 6)):
                 cv2.imwrite(str(video_folder / f"{t:05d}.jpg"), frame[..., ::-1])
         write_text(assets.root() / "davis" / assets.GENERATED, "")
-    # Without ManiSkill2 there is no trimesh, and no use for rooms.
+    # Rooms need trimesh, which comes with ManiSkill2.
     if importlib.util.find_spec("trimesh") and not any((assets.root() / "matterport").glob("*.glb")):
         for i in range(4):
             write_room(assets.root() / f"matterport/generated{i}.glb", rng)
@@ -281,7 +280,7 @@ def get_demo(folder: Path, source: str | None) -> None:
 
 
 def landscape(rng: np.random.Generator, frames: int, size: int = 128) -> np.ndarray:
-    """Moving pictures (T, H, W, 3) uint8 with the spectrum of natural ones: a camera drifts over two layers."""
+    """A video (T, H, W, 3) uint8 with the spectrum of natural images: a camera drifts over two layers."""
     edge = 2 * size
     frequency = np.hypot(np.fft.fftfreq(edge)[:, None], np.fft.rfftfreq(edge)[None, :])
     frequency[0, 0] = np.inf
@@ -310,12 +309,12 @@ def landscape(rng: np.random.Generator, frames: int, size: int = 128) -> np.ndar
 
 
 def write_room(path: Path, rng: np.random.Generator) -> None:
-    """A furnished room of 6 x 5 x 2.8 m as .glb, its z axis up, its floor at 0 and its middle at the origin."""
+    """A furnished room of 6 x 5 x 2.8 m as .glb, z up, centred on the origin with the floor at z = 0."""
     import trimesh
     from PIL import Image
 
     half = np.array([3.0, 2.5, 1.4])
-    parts = [[face] for face in _box(np.array([0.0, 0.0, 1.4]), -half)]  # negative: seen from inside
+    parts = [[face] for face in _box(np.array([0.0, 0.0, 1.4]), -half)]  # negative: visible from inside
     for _ in range(10):
         size = rng.uniform([0.2, 0.2, 0.2], [0.6, 0.6, 0.9])
         middle = rng.uniform(-1, 1, 3) * (half - size)
@@ -339,7 +338,7 @@ def write_room(path: Path, rng: np.random.Generator) -> None:
 
 
 def _box(middle: np.ndarray, half: np.ndarray) -> list[np.ndarray]:
-    """Corners (4, 3) of the six faces, counter-clockwise as seen from outside (from inside if `half` is negative)."""
+    """Corners (4, 3) of the six faces, counter-clockwise from outside (from inside if `half` is negative)."""
     faces = []
     for axis in range(3):
         for sign in (-1, 1):
@@ -351,7 +350,7 @@ def _box(middle: np.ndarray, half: np.ndarray) -> list[np.ndarray]:
 
 
 def random_colors(rng: np.random.Generator, spread: float) -> list[dict[str, list[float]]]:
-    """Colours made as the published tables seem to be: those of the suite with Gaussian noise."""
+    """Colours like those of the published tables: the suite's with Gaussian noise."""
     rows = []
     for _ in range(100):
         row = {
@@ -368,7 +367,7 @@ def random_colors(rng: np.random.Generator, spread: float) -> list[dict[str, lis
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    import tools  # imports torch, which the other sets do without
+    import tools  # imports torch, which the other sets do not need
 
     path.parent.mkdir(parents=True, exist_ok=True)
     tools.save_mp4(path, frames, 25)
@@ -395,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument(
-        "--from", dest="source", help="a mirror's address or a local folder or file, in place of the original"
+        "--from", dest="source", help="URL of a mirror, or a local folder or file, instead of the original"
     )
     arguments = parser.parse_args(argv)
     folder = assets.root() / arguments.set

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Installs the system libraries with which MuJoCo renders without a screen (Debian, Ubuntu), and the packages named as
-# arguments. What is there already is left alone. Where it cannot install, it prints the one command to run and goes on:
-# setup/doctor.py and the training command say later what is missing.
+# Installs the system libraries that MuJoCo needs to render without a display (Debian, Ubuntu), and the packages given as
+# arguments. Skips what is already installed. Without permission to install, it prints the command to run and exits
+# with success: setup/doctor.py and training report what is missing.
 set -euo pipefail
 
 packages=("$@")
 libraries=$(/sbin/ldconfig -p)
 loadable() { [[ $libraries == *"$1"* ]]; }
 
-# EGL renders on the GPU or the CPU and is enough.
+# EGL, on the GPU or the CPU, is sufficient.
 if ! loadable libEGL.so.1 || ! loadable libGL.so.1 || ! { loadable libEGL_mesa.so || loadable libEGL_nvidia.so; }; then
   packages+=(libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri)
 fi
@@ -31,12 +31,12 @@ if [[ "${packages[*]}" == *-backports* ]] && ! apt-cache policy | grep -q -e -ba
     "${as_root[@]}" tee "/etc/apt/sources.list.d/$release-backports.list" >/dev/null
 fi
 if [ ${#packages[@]} -gt 0 ] || ! loadable libOSMesa.so; then
-  apt update || true # a list that fails to load need not be one that is needed
+  apt update || true # a package list that fails to load may not be needed
 fi
 if [ ${#packages[@]} -gt 0 ]; then
   apt install -y --no-install-recommends "${packages[@]}" ||
     echo "could not install system packages, run: sudo apt-get install -y ${packages[*]}" >&2
 fi
-# OSMesa, on the CPU, is the fallback where EGL fails. The newest releases have it no more.
+# OSMesa, on the CPU, is the fallback if EGL fails. The newest releases no longer package it.
 loadable libOSMesa.so || apt install -y --no-install-recommends libosmesa6 ||
-  echo "no OSMesa here: rendering needs EGL" >&2
+  echo "OSMesa is not available: rendering needs EGL" >&2

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One run per task and seed as a Slurm array; preempted runs save, are requeued and go on.
+# One run per task and seed as a Slurm array. Preempted runs save, are requeued and resume.
 #
 #   sbatch --array=0-14 setup/slurm.sh ./runs dmc_walker_stand,dmc_cheetah_run,dmc_hopper_hop 5 --configs dmc_vision
 #
-# Arguments: folder of all runs, tasks separated by commas, number of seeds, options of dreamer.py. Call it from the
-# repository; --array counts tasks x seeds. Options of your cluster (partition, account, time) go before the script.
+# Arguments: folder for all runs, comma-separated tasks, number of seeds, options of dreamer.py. Submit it from the
+# repository, with one array index per task and seed. Your cluster's options (partition, account, time) go before it.
 #SBATCH --job-name=hrssm
 #SBATCH --gpus-per-task=1
 #SBATCH --cpus-per-task=8
@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@180
 #SBATCH --output=slurm-%A_%a.log
-# --signal: SIGTERM three minutes before the time limit, to the run itself, so that it can save.
+# --signal: SIGTERM to the run three minutes before the time limit, so that it can save.
 set -euo pipefail
 
 die() {
@@ -25,17 +25,17 @@ die() {
 logdir=$1 seeds=$3
 IFS=, read -ra tasks <<<"$2"
 shift 3
-[[ $seeds =~ ^[1-9][0-9]*$ ]] || die "SEEDS takes their number, not '$seeds'"
+[[ $seeds =~ ^[1-9][0-9]*$ ]] || die "SEEDS is the number of seeds, not '$seeds'"
 number=${SLURM_ARRAY_TASK_ID:?submit it with sbatch --array}
 [ "$number" -lt $((${#tasks[@]} * seeds)) ] || die "--array goes to $((${#tasks[@]} * seeds - 1)) at most"
 task=${tasks[$((number / seeds))]} seed=$((number % seeds))
 
-trap : TERM # also comes when the job is preempted; the run saves, and what follows here is still done
-# Slurm runs a copy of this script; the repository is where sbatch was called.
+trap : TERM # sent on preemption too; the run saves, and this script goes on to requeue it
+# Slurm runs a copy of this script, in the folder where sbatch was called: the repository.
 code=0
 srun --kill-on-bad-exit=0 setup/run.sh python -u dreamer.py "$@" --task "$task" --seed "$seed" \
   --logdir "$logdir/${task//[\/:]/_}/$seed" || code=$?
 case $code in
-130 | 143) scontrol requeue "${SLURM_ARRAY_JOB_ID}_$number" ;; # it was stopped and has saved
+130 | 143) scontrol requeue "${SLURM_ARRAY_JOB_ID}_$number" ;; # stopped by a signal, and saved
 *) exit "$code" ;;
 esac

@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# Trains tasks x methods x seeds, some at a time, in LOGDIR/TASK/METHOD/SEED. The same command again skips what is
-# finished and resumes what was interrupted; started twice, also on another GPU or on a machine that shares the folder,
-# the two share the work.
+# Trains tasks x methods x seeds, a few at a time, in LOGDIR/TASK/METHOD/SEED. Running the same command again skips
+# finished runs and resumes interrupted ones. Several copies of it, on other GPUs or machines that share the folder too,
+# divide the runs among themselves.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: setup/sweep.sh --logdir DIR --tasks A,B [--seeds 0,1,2] [--methods full,nomlr] [--jobs N] [--status] [-- OPTIONS]
+usage: setup/sweep.sh --logdir DIR --tasks A,B [--seeds 0,1,2] [--methods hrssm,nomlr] [--jobs N] [--status] [-- OPTIONS]
 
-  --methods  comma-separated: full, nomlr, nosimsr, neither (no latent reconstruction, no bisimulation), or options of
-             dreamer.py as key=value, joined by +: mask_ratio=0.3 or nomlr=True+patch_size=8+block_size=8
-  --jobs     runs at a time (default 1); give each its share of the cores with -- --threads N
+  --methods  comma-separated (default full), each of
+               hrssm, dreamer, rssm, repo, r2dreamer, infonce   a value of dreamer.py's --method
+               full, nomlr, nosimsr, neither                    HRSSM, and HRSSM without latent reconstruction, without
+                                                                bisimulation, or without both
+             or options of dreamer.py as key=value; parts are joined by +:
+               mask_ratio=0.3, nomlr+patch_size=8, dreamer+batch_size=8
+  --jobs     runs at a time (default 1); limit the cores of each with -- --threads N
   --status   print the table and exit
-  OPTIONS    for every run, for example --configs dmc_vision
+  OPTIONS    passed to every run, for example --configs dmc_vision
 
   CUDA_VISIBLE_DEVICES=0 setup/sweep.sh --logdir ./sweep --tasks dmc_walker_stand --seeds 0,1,2 \
-    --methods full,nomlr,nosimsr,neither,mask_ratio=0.3,mask_ratio=0.7 -- --configs dmc_vision
+    --methods hrssm,neither,dreamer,mask_ratio=0.3,mask_ratio=0.7 -- --configs dmc_vision
 END
 }
 
@@ -24,7 +28,7 @@ die() {
   exit 2
 }
 
-{ # bash reads a script as it goes; in braces it reads all of it first, so that a checkout may change during a sweep
+{ # bash reads a script while running it; the braces make it read all of it first, in case the checkout changes
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
 logdir='' tasks='' seeds=0 methods=full jobs=1 status=''
 while [ $# -gt 0 ]; do
@@ -36,34 +40,38 @@ while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || die "$1 needs a value"
     printf -v "${1#--}" %s "$2" && shift 2
     ;;
-  *) die "unknown option $1: options of dreamer.py come after --, see setup/sweep.sh --help" ;;
+  *) die "unknown option $1: options of dreamer.py go after --, see setup/sweep.sh --help" ;;
   esac
 done
 options=("$@")
-[ -n "$logdir" ] || die "--logdir is missing: the folder of all runs"
+[ -n "$logdir" ] || die "--logdir is missing: name the folder for all runs"
 [ -n "$tasks" ] || die "--tasks is missing: for example --tasks dmc_walker_stand,dmc_cheetah_run"
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs takes a number of runs, not '$jobs'"
 [[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--seeds takes numbers such as 0,1,2, not '$seeds'"
 
+unknown_method() {
+  die "unknown method '$1': there is full, nomlr, nosimsr, neither, hrssm, dreamer, rssm, repo, r2dreamer, infonce," \
+    "and key=value such as mask_ratio=0.3, joined by +"
+}
+
 # The flags of a method, one per line.
 flags() {
   local part parts
-  case $1 in
-  full) ;;
-  nomlr | nosimsr) echo "--$1=True" ;;
-  neither) printf '%s\n' --nomlr=True --nosimsr=True ;;
-  *)
-    IFS=+ read -ra parts <<<"$1"
-    for part in "${parts[@]}"; do
-      [[ $part =~ ^[a-zA-Z_.]+=.+$ ]] ||
-        die "unknown method '$1': full, nomlr, nosimsr, neither, or key=value joined by +, such as mask_ratio=0.3"
-      echo "--$part"
-    done
-    ;;
-  esac
+  [[ $1 =~ ^[^+]+(\+[^+]+)*$ ]] || unknown_method "$1"
+  IFS=+ read -ra parts <<<"$1"
+  for part in "${parts[@]}"; do
+    case $part in
+    full) ;;
+    hrssm | dreamer | rssm | repo | r2dreamer | infonce) echo "--method=$part" ;;
+    nomlr | nosimsr) echo "--$part=True" ;;
+    neither) printf '%s\n' --nomlr=True --nosimsr=True ;;
+    [a-zA-Z_]*=?*) echo "--$part" ;;
+    *) unknown_method "$1" ;;
+    esac
+  done
 }
 
-# Every run of the sweep: its folder and, in `commands`, its command in a form that the shell reads back.
+# Every run of the sweep: its folder and, in `commands`, its command, quoted for the shell.
 runs=() commands=()
 IFS=, read -ra all_tasks <<<"$tasks"
 IFS=, read -ra all_methods <<<"$methods"
@@ -81,7 +89,7 @@ for task in "${all_tasks[@]}"; do
   done
 done
 
-# sweep.done holds the command that finished, so that another --steps counts as unfinished.
+# sweep.done holds the command that finished: with another --steps a run counts as unfinished.
 finished() { [ "$(cat "${runs[$1]}/sweep.done" 2>/dev/null)" = "${commands[$1]}" ]; }
 
 state() {
@@ -113,7 +121,7 @@ table() {
   done
 }
 
-# Runs by process. The process holds the lock of its run as long as it lives, even if this script is killed.
+# Process id -> run. A process holds the lock of its run until it exits, even if this script is killed.
 declare -A running=()
 busy=75
 
@@ -123,20 +131,20 @@ start() {
   mkdir -p "${runs[$1]}"
   (
     exec 9>>"${runs[$1]}/sweep.lock"
-    flock --timeout 0.2 9 || exit "$busy" # not at once: --status takes it for a moment
+    flock --timeout 0.2 9 || exit "$busy" # wait a little: --status holds it for a moment
     ! finished "$1" || exit 0
     rm -f "${runs[$1]}/sweep.failed"
     exec "${command[@]}" >>"${runs[$1]}/sweep.log" 2>&1
   ) &
   running[$!]=$1
-  [ -z "$stopped" ] || stop "$stopped" # the signal came just before
+  [ -z "$stopped" ] || stop "$stopped" # the signal arrived just before
 }
 
-# Waits for one process to end and notes how.
+# Waits for one process to end and records the outcome.
 reap() {
   local pid='' code=0 run
   wait -n -p pid || code=$?
-  [ -n "${pid:-}" ] || return 0 # a signal came; the processes have been told
+  [ -n "${pid:-}" ] || return 0 # interrupted by a signal, which was passed on to the processes
   run=${runs[${running[$pid]}]}
   case $code in
   0) echo "${commands[${running[$pid]}]}" >"$run/sweep.done" ;;
@@ -154,7 +162,7 @@ python -c '' 2>/dev/null || die "no python: put setup/run.sh before this command
 stopped=''
 stop() {
   stopped=$1
-  kill -TERM "${!running[@]}" 2>/dev/null || true # each saves and ends
+  kill -TERM "${!running[@]}" 2>/dev/null || true # each run saves and exits
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM

@@ -1,4 +1,4 @@
-"""Colours, green screen, camera and backgrounds of the DMC-GS modes, against slow definitions and real simulators."""
+"""Colours, green screen, camera and backgrounds of the DMC-GS variants, against slow reference code and MuJoCo."""
 
 import colorsys
 import json
@@ -18,12 +18,12 @@ from envs.task import get_state, set_state
 from tests.test_envs import encode
 
 MODES = ["color_easy", "color_hard", "video_easy", "video_hard", "distracting_cs", "sensor_cs"]
-LENGTHS = [6, 7, 8]  # frames of the videos
+LENGTHS = [6, 7, 8]  # frames per video
 
 
 @pytest.fixture(scope="module", autouse=True)
 def assets(tmp_path_factory):
-    """Small asset sets of the published layout: two colours per table, three videos per mode, tiny DAVIS folders."""
+    """Small asset sets in the published layout: two colours per table, three videos per mode, tiny DAVIS folders."""
     check_rendering()
     root = tmp_path_factory.mktemp("assets")
     rng = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def make(task, **options):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("task", ["walker_stand", "reacher_easy"])
-def test_modes_repeat_with_the_seed_and_differ_from_clean(task, mode):
+def test_variants_repeat_with_the_seed_and_differ_from_clean(task, mode):
     def episodes(variant, seed=0):
         env = make(f"{task}{variant}", seed=seed, time_limit=4)
         return np.concatenate([frames(env, 4) for _ in range(2)])
@@ -71,12 +71,12 @@ def test_modes_repeat_with_the_seed_and_differ_from_clean(task, mode):
     shown = episodes(f"_{mode}")
     np.testing.assert_array_equal(shown, episodes(f"_{mode}"))
     assert (shown != episodes(f"_{mode}", seed=1)).any()
-    if (task, mode) != ("reacher_easy", "video_easy"):  # its camera sees no sky: the mode is the clean task there
+    if (task, mode) != ("reacher_easy", "video_easy"):  # its camera sees no sky, so the variant equals the clean task
         assert (shown != episodes("")).any()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_state_leads_on_exactly(mode):
+def test_state_is_restored_exactly(mode):
     one, other = (make(f"walker_stand_{mode}", time_limit=4, start=start) for start in (0, 5))
     steps = np.zeros((3, 6), np.float32)
     for _ in range(2):
@@ -103,11 +103,11 @@ def test_environments_in_one_process_do_not_influence_each_other(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_missing_assets_name_the_command_that_gets_them(mode, monkeypatch, tmp_path):
+def test_missing_assets_name_the_download_command(mode, monkeypatch, tmp_path):
     monkeypatch.setenv("HRSSM_ASSETS", str(tmp_path))
     monkeypatch.setattr("envs.assets.CACHE", str(tmp_path))
     if mode == "sensor_cs":
-        make("walker_stand_sensor_cs")  # needs none
+        make("walker_stand_sensor_cs")  # needs no files
         return
     with pytest.raises(envs.EnvError, match="python setup/download.py (dmcgs|davis)"):
         envs.prepare(f"dmc_walker_stand_{mode}", ds_resource_path=str(tmp_path))
@@ -119,7 +119,7 @@ def test_missing_assets_name_the_command_that_gets_them(mode, monkeypatch, tmp_p
 @pytest.mark.parametrize(
     "domain, name", [("walker", "stand"), ("cartpole", "two_poles"), ("finger", "spin"), ("fish", "swim")]
 )
-def test_colours_are_those_of_a_simulator_loaded_with_them(domain, name):
+def test_colours_equal_those_of_a_reloaded_simulator(domain, name):
     settings = {
         "grid_rgb1": [0.1, 0.5, 0.2],
         "grid_rgb2": [0.9, 0, 0.4],
@@ -150,9 +150,9 @@ def is_green(red, green, blue):
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_green_pixels_are_those_of_the_definition(seed):
+def test_green_pixels_match_the_definition(seed):
     rng = np.random.default_rng(seed)
-    # Around green, where the borders are, and anywhere.
+    # Near the boundaries of green, and anywhere.
     near = rng.integers([0, 60, 0], [120, 256, 230], (40, 50, 3))
     image = np.concatenate([near, rng.integers(0, 256, (10, 50, 3))]).astype(np.uint8)
     expected = [[is_green(*map(int, pixel)) for pixel in row] for row in image]
@@ -165,7 +165,7 @@ def test_green_of_known_colours():
 
 
 def test_videos_advance_as_in_the_benchmark():
-    """Episode k shows video k+1 modulo their number; step t frame t modulo its length, from 0 at the reset."""
+    """Episode k shows video k+1 modulo their number; step t shows frame t modulo its length."""
     clips = dmc_gs.find_clips("video_hard", (32, 32))
     screen, green = dmc_gs.GreenScreen(clips), np.full((32, 32, 3), (51, 204, 51), np.uint8)
     for video in [1, 2, 0, 1]:
@@ -180,7 +180,7 @@ def test_videos_advance_as_in_the_benchmark():
 
 @pytest.mark.parametrize("edge", [352, 480, 218, 100, 64])
 @pytest.mark.parametrize("size", [(64, 64), (32, 64)])
-def test_frames_are_scaled_as_torch_does(edge, size):
+def test_frames_are_scaled_like_torch(edge, size):
     frame = np.random.default_rng(edge).integers(0, 256, (edge, edge, 3), np.uint8)
     x = torch.from_numpy(frame).permute(2, 0, 1).contiguous().float()[None] / 255.0
     x = torch.nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
@@ -203,7 +203,7 @@ def test_videos_are_sorted_by_number(assets, tmp_path, monkeypatch):
 @pytest.mark.parametrize("repeat", [1, 2, 3])
 @pytest.mark.parametrize("task", ["walker_stand", "reacher_easy"])
 def test_the_camera_never_jumps_back(task, repeat):
-    """Also with an odd action repeat, where the benchmark's own code shows the plain camera every other time."""
+    """Also with an odd action repeat, where the benchmark's code renders the original camera every other step."""
     shaken = frames(make(f"{task}_sensor_cs", action_repeat=repeat, distracting_cs_intensity=0.5), 5)
     plain = frames(make(task, action_repeat=repeat), 5)
     assert all((a != b).mean() > 0.2 for a, b in zip(shaken, plain, strict=True))
@@ -227,10 +227,10 @@ def test_the_camera_moves_within_its_limits_or_not_at_all(dynamic):
 
 @pytest.mark.parametrize("look", [distracting_cs.look_at_level, distracting_cs.look_at])
 @given(seed=st.integers(0, 2**32 - 1))
-def test_a_camera_looks_where_it_should(look, seed):
+def test_camera_rotations_look_along_the_direction(look, seed):
     direction = np.random.default_rng(seed).normal(size=3)
     rotation = look(direction)
-    tolerance = 1e-9 if look is distracting_cs.look_at_level else 1e-2  # its axis is not quite of length 1
+    tolerance = 1e-9 if look is distracting_cs.look_at_level else 1e-2  # its axis is slightly shorter than 1
     np.testing.assert_allclose(rotation @ [0, 0, -1], direction / np.linalg.norm(direction), atol=tolerance)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=2 * tolerance)
 
@@ -241,7 +241,7 @@ def test_spherical_coordinates_are_inverted():
         np.testing.assert_allclose(distracting_cs.from_sphere(distracting_cs.to_sphere(point)), point, atol=1e-12)
 
 
-def test_the_background_plays_to_and_fro():
+def test_the_background_plays_back_and_forth():
     env = make("cheetah_run_distracting_cs", action_repeat=2).unwrapped
     background = env._distraction.parts[0]
     env.reset()
@@ -255,7 +255,7 @@ def test_the_background_plays_to_and_fro():
 
 @pytest.fixture
 def quick():
-    """An environment that uploads only the levels of its sky that 64 x 64 pixels show."""
+    """An environment that uploads only the mipmap levels of its sky that 64 x 64 pixels sample."""
     env = make("cartpole_balance_distracting_cs", size=(64, 64), distracting_cs_intensity=0.5).unwrapped
     env.reset()
     if not env._distraction.parts[0]._quick:
@@ -263,7 +263,7 @@ def quick():
     return env
 
 
-def test_a_sky_of_small_levels_gives_the_pictures_of_a_whole_one(quick, monkeypatch):
+def test_uploading_some_mipmap_levels_gives_the_same_images(quick, monkeypatch):
     monkeypatch.setattr(distracting_cs, "small_levels_suffice", lambda physics: False)
     whole = make("cartpole_balance_distracting_cs", size=(64, 64), distracting_cs_intensity=0.5).unwrapped
     whole.reset()
@@ -276,7 +276,7 @@ def test_a_sky_of_small_levels_gives_the_pictures_of_a_whole_one(quick, monkeypa
     np.testing.assert_array_equal(quick._camera.render(), pictures[0][-1])
 
 
-def test_small_pictures_show_no_other_levels_of_the_sky(quick):
+def test_small_images_sample_no_other_mipmap_levels(quick):
     physics, rng = quick._env.physics, np.random.default_rng(0)
     texture = int(physics.contexts.mujoco.ptr.texture[distracting_cs.SKY])
 
@@ -306,13 +306,13 @@ def test_small_pictures_show_no_other_levels_of_the_sky(quick):
 
 
 @pytest.mark.parametrize("edge, suffice", [(64, True), (32, False), (128, False)])
-def test_other_sizes_need_other_levels_of_the_sky(edge, suffice):
+def test_other_sizes_need_other_mipmap_levels(edge, suffice):
     env = make("walker_stand_distracting_cs", size=(edge, edge)).unwrapped
     assert distracting_cs.small_levels_suffice(env._env.physics) == suffice
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_colours_of_materials_stay_near_their_own(dynamic):
+def test_material_colours_stay_near_the_original(dynamic):
     env = make("finger_spin_distracting_cs", distracting_cs_intensity=0.3, distracting_cs_dynamic=dynamic).unwrapped
     model = env._env.physics.model
     original = model.mat_rgba[:, :3].copy()
@@ -332,6 +332,6 @@ def test_colours_of_materials_stay_near_their_own(dynamic):
         ("walker_stand_sensor_cs", {"distracting_cs_intensity": 0.12}, "use 0.025"),
     ],
 )
-def test_what_the_benchmark_does_not_define_is_refused(task, options, message):
+def test_settings_outside_the_benchmark_are_rejected(task, options, message):
     with pytest.raises(envs.EnvError, match=message):
         envs.prepare(f"dmc_{task}", **options)

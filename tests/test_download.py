@@ -24,7 +24,7 @@ BLOB = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT at any path but /absent; the first reply breaks off after `breaks_after` bytes."""
+    """Serves CONTENT at any path but /absent; the first response breaks off after `breaks_after` bytes."""
 
     def __init__(self, breaks_after=None, ranges=True):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -64,7 +64,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_goes_on(tmp_path, ranges):
+def test_an_interrupted_download_resumes(tmp_path, ranges):
     target = tmp_path / "file"
     with serving(breaks_after=200_000, ranges=ranges) as (server, url):
         with pytest.raises(download.DownloadError, match="run the command again"):
@@ -72,12 +72,12 @@ def test_a_broken_download_goes_on(tmp_path, ranges):
         assert names(tmp_path) == ["file.part"]
         download.fetch(f"{url}/file", target, BLOB)
         assert target.read_bytes() == CONTENT and names(tmp_path) == ["file"]
-        download.fetch(f"{url}/file", target, BLOB)  # is here: not asked for again
+        download.fetch(f"{url}/file", target, BLOB)  # present: not requested again
         first, second = server.starts
         assert first == 0 and (100_000 < second <= 200_000 if ranges else second == 0)
 
 
-def test_a_download_that_stopped_at_its_last_byte(tmp_path):
+def test_a_download_interrupted_after_its_last_byte(tmp_path):
     (tmp_path / "file.part").write_bytes(CONTENT)
     with serving() as (_, url):
         download.fetch(f"{url}/file", tmp_path / "file", BLOB)
@@ -85,7 +85,7 @@ def test_a_download_that_stopped_at_its_last_byte(tmp_path):
 
 
 @pytest.mark.parametrize("part", [b"", b"something else"])
-def test_wrong_content_is_not_kept(tmp_path, part):
+def test_wrong_content_is_discarded(tmp_path, part):
     if part:
         (tmp_path / "file.part").write_bytes(part)
     with serving() as (_, url), pytest.raises(download.DownloadError, match="wrong hash"):
@@ -93,7 +93,7 @@ def test_wrong_content_is_not_kept(tmp_path, part):
     assert names(tmp_path) == []
 
 
-def test_nothing_there(tmp_path):
+def test_missing_source(tmp_path):
     with serving() as (_, url), pytest.raises(download.DownloadError, match="404"):
         download.fetch(f"{url}/absent", tmp_path / "file")
     with pytest.raises(download.DownloadError, match="check --from"):
@@ -113,7 +113,7 @@ def test_no_space_left(tmp_path):
 
 
 def run(assets, *argv, **options):
-    """(exit status, standard error) of the command, in a process of its own."""
+    """(exit status, standard error) of the command in a subprocess."""
     environ = os.environ | {"HRSSM_ASSETS": str(assets)}
     command = [sys.executable, ROOT / "setup/download.py", *argv]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, **options)
@@ -147,7 +147,7 @@ def test_davis_from_an_archive(tmp_path):
 
 
 @pytest.mark.parametrize("member", ["../evil", "DAVIS/../../evil", "/evil", "..\\evil", "C:/evil"])
-def test_an_archive_that_would_write_elsewhere(tmp_path, member):
+def test_an_archive_that_would_write_outside_its_folder(tmp_path, member):
     archive = davis_archive(tmp_path / "davis.zip", extra=member)
     assert_refused(run(tmp_path / "assets", "davis", "--from", str(archive)), "outside its folder", tmp_path / "assets")
     assert not list(tmp_path.rglob("evil")) and not os.path.exists("/evil")
@@ -188,7 +188,7 @@ def test_kinetics_from_either_layout(tmp_path):
     assert code == 2 and "driving car" in stderr
 
 
-def test_published_files_are_told_by_their_hash(tmp_path):
+def test_published_files_are_verified_by_hash(tmp_path):
     source = tmp_path / "mirror"
     source.mkdir()
     (source / "color_easy.pt").write_bytes(b"another file of that name")
@@ -204,7 +204,7 @@ def test_dmcgs_from_a_local_copy(tmp_path, test_data):
 
 
 def test_stand_ins_are_announced_where_they_are_used(tmp_path, monkeypatch):
-    """They look like nothing published."""
+    """Results on them are not comparable."""
     code, stderr = run(tmp_path, "demo")
     assert code == 0, stderr
     monkeypatch.setenv("HRSSM_ASSETS", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Environments against real MuJoCo, real videos and the recorded look of the original suite."""
+"""Environments against real MuJoCo, real videos and recorded frames of the original suite."""
 
 import functools
 import json
@@ -25,14 +25,14 @@ from envs.vector import Vector
 ROOT = Path(__file__).parent.parent
 SIZE = (64, 64)
 ALL_TASKS = [(domain, name) for domain, names in TASKS.items() for name in names]
-# First frame (seed 0, camera 0, 64x64) of every domain, and of the tasks whose model is built by code, rendered by the
-# natural-video research code's own copy of the suite: share of pixels that the video replaces, and mean colour.
+# First frame (seed 0, camera 0, 64x64) of every domain, and of the tasks that build their model in code, rendered by
+# the natural-video research code with its own copy of the suite: fraction of replaced pixels, and mean colour.
 REFERENCE = json.loads((ROOT / "tests/reference_frames.json").read_text())
 
 
 @pytest.fixture(scope="session", autouse=True)
 def rendering():
-    check_rendering()  # before any test imports dm_control, which decides at import
+    check_rendering()  # before any test imports dm_control, which chooses its backend at import
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def own_cache(cache, monkeypatch):
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
-    """A folder of three clips of 6, 7 and 8 frames, each of its own brightness, that move."""
+    """A folder of three moving clips of 6, 7 and 8 frames, each with its own brightness."""
     folder = tmp_path_factory.mktemp("clips")
     for i, frames in enumerate([6, 7, 8]):
         encode(folder / f"clip{i}.mp4", frames, brightness=60 * (i + 1))
@@ -71,7 +71,7 @@ def encode(path, frames, brightness=100):
 
 
 def rollout(env, steps, seed=0):
-    """Observations of a reset and `steps` random actions."""
+    """Observations after a reset and `steps` random actions."""
     rng = np.random.default_rng(seed)
     observations = [env.reset()[0]]
     for _ in range(steps):
@@ -88,7 +88,7 @@ def assert_equal(one, other):
 # --- names
 
 
-def test_the_table_of_tasks_is_that_of_the_suite():
+def test_task_table_matches_the_suite():
     from dm_control import suite
 
     assert {domain: tuple(names) for domain, names in suite.TASKS_BY_DOMAIN.items()} == TASKS
@@ -128,7 +128,7 @@ def test_names_with_underscores(task, parsed):
         "walker": "unknown suite 'walker'",
     }.items(),
 )
-def test_an_unknown_name_says_what_exists(task, message):
+def test_unknown_names_list_the_alternatives(task, message):
     with pytest.raises(envs.EnvError, match=message) as error:
         envs.parse_task(task)
     assert "\n" not in str(error.value)
@@ -157,8 +157,8 @@ WORDS = [
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("_".join)))
-def test_any_text_is_a_task_or_one_line(text):
-    assume(not text.startswith("gym_"))  # these may import modules
+def test_any_text_parses_or_gives_a_one_line_error(text):
+    assume(not text.startswith("gym_"))  # gym_ tasks may import modules
     try:
         suite, domain, name, variant = envs.parse_task(text)
     except envs.EnvError as error:
@@ -168,7 +168,7 @@ def test_any_text_is_a_task_or_one_line(text):
         assert envs.parse_task(f"{suite}_{rest}") == (suite, domain, name, variant)
 
 
-def test_it_is_a_gymnasium_environment():
+def test_gymnasium_interface():
     env = envs.make("dmc_cartpole_balance", time_limit=5)
     observation, _ = env.reset()
     assert env.observation_space.contains(observation)
@@ -198,12 +198,14 @@ def test_a_scalar_observation_becomes_a_vector():
     env.close()
 
 
-def test_the_limit_of_the_suite_truncates_and_then_needs_a_reset():
+def test_the_suites_time_limit_truncates_and_requires_a_reset():
     env = ControlSuite("cartpole", "balance", size=(8, 8), action_repeat=300)
     env.reset()
     outcomes = [env.step(np.zeros(1))[1:4] for _ in range(4)]
     assert [outcome[1:] for outcome in outcomes] == [(False, False)] * 3 + [(False, True)]
-    assert outcomes[0][0] > 200 > 100 > outcomes[3][0] > 0  # rewards are sums; the last one stops at inner step 1000
+    assert (
+        outcomes[0][0] > 200 > 100 > outcomes[3][0] > 0
+    )  # rewards are sums; the last one stops at simulator step 1000
     with pytest.raises(RuntimeError, match="reset"):
         env.step(np.zeros(1))
     env.close()
@@ -223,14 +225,14 @@ def test_lqr_terminates():
 @pytest.mark.parametrize(
     "domain, name, action, control",
     [
-        ("quadruped", "walk", 1.0, [1.0, 1.1, 0.8]),  # limits of a leg: [-1, 1], [-1, 1.1], [-0.8, 0.8]
+        ("quadruped", "walk", 1.0, [1.0, 1.1, 0.8]),  # limits of one leg: [-1, 1], [-1, 1.1], [-0.8, 0.8]
         ("quadruped", "walk", 0.0, [0.0, 0.05, 0.0]),
-        ("quadruped", "walk", -7.0, [-1.0, -1.0, -0.8]),  # clipped first
+        ("quadruped", "walk", -7.0, [-1.0, -1.0, -0.8]),  # clipped before mapping
         ("walker", "stand", 0.3, [0.3, 0.3, 0.3]),
         ("lqr", "lqr_2_1", 0.3, [0.3]),  # no limits
     ],
 )
-def test_actions_are_mapped_to_the_limits_of_the_actuators(domain, name, action, control):
+def test_actions_are_mapped_to_the_actuator_limits(domain, name, action, control):
     env = ControlSuite(domain, name, size=(8, 8))
     env.reset()
     env.step(np.full(env.action_space.shape, action, np.float32))
@@ -239,7 +241,7 @@ def test_actions_are_mapped_to_the_limits_of_the_actuators(domain, name, action,
 
 
 @pytest.mark.parametrize("task, camera", [("walker_stand", 0), ("quadruped_walk", 2), ("fish_swim", 0)])
-def test_fast_rendering_gives_the_pixels_of_plain_rendering(task, camera):
+def test_fast_rendering_equals_physics_render(task, camera):
     from dm_control import suite
 
     env = envs.make(f"dmc_{task}", task_seed=5, action_repeat=2)
@@ -257,7 +259,7 @@ def test_fast_rendering_gives_the_pixels_of_plain_rendering(task, camera):
     plain.physics.free()
 
 
-def test_a_picture_that_was_returned_does_not_change():
+def test_returned_images_are_not_overwritten():
     env = envs.make("dmc_walker_stand")
     image = env.reset()[0]["image"]
     before = image.copy()
@@ -270,7 +272,7 @@ def test_a_picture_that_was_returned_does_not_change():
 
 
 @pytest.mark.parametrize("task", REFERENCE)
-def test_the_first_frame_looks_like_the_reference(task):
+def test_first_frame_matches_the_reference(task):
     domain = max((d for d in TASKS if task.startswith(f"{d}_")), key=len)
     env = ControlSuite(domain, task.removeprefix(f"{domain}_"), task_seed=0, edits=natural_video.look(domain))
     image = env.reset()[0]["image"]
@@ -280,12 +282,12 @@ def test_the_first_frame_looks_like_the_reference(task):
     env.close()
 
 
-def test_the_reference_covers_every_domain_of_that_suite():
+def test_reference_covers_every_domain_of_the_suite():
     domains = {d for d in TASKS for task in REFERENCE if task.startswith(f"{d}_")}
-    assert domains == set(TASKS) - {"dog"}  # which is younger
+    assert domains == set(TASKS) - {"dog"}  # added to the suite later
 
 
-def test_the_shared_assets_are_as_before_after_loading():
+def test_shared_assets_are_restored_after_loading():
     from dm_control.suite import common
 
     before = dict(common.ASSETS)
@@ -295,7 +297,7 @@ def test_the_shared_assets_are_as_before_after_loading():
     assert before == common.ASSETS
 
 
-def test_a_task_with_assets_of_its_own_loads():
+def test_a_task_with_its_own_assets_loads():
     env = ControlSuite("dog", "stand", edits=natural_video.look("dog"))
     red, green, blue = np.moveaxis(env.reset()[0]["image"].astype(int), -1, 0)
     assert ((blue > green) & (blue > red)).mean() > 0.6
@@ -336,11 +338,11 @@ def test_frames_of_a_real_video_are_grey_and_scaled(real_videos):
     assert frames[0].shape == (48, 64)
 
 
-def test_clips_are_decoded_once_and_kept(clips, cache, monkeypatch):
+def test_clips_are_decoded_once_and_cached(clips, cache, monkeypatch):
     path = str(clips / "clip0.mp4")
     name, count = video.cached(path, (10, 12), video.decode_video)
     assert count == 6
-    monkeypatch.setattr(video, "_write", None)  # a second decoding would call it
+    monkeypatch.setattr(video, "_write", None)  # called if the clip were decoded again
     assert video.cached(path, (10, 12), video.decode_video) == (name, 6)
     np.testing.assert_array_equal(np.load(name), video.decode_video(path, (10, 12)))
     assert Path(name).is_relative_to(cache)
@@ -374,7 +376,7 @@ def test_selection_takes_every_clip_once_per_pass_and_cuts_the_last(clips):
     assert sum(count for _, count in everything) == 21
 
 
-def test_the_position_moves_by_one_per_observation_through_resets_and_wraps(clips):
+def test_position_advances_once_per_observation_across_resets_and_wraps(clips):
     env = envs.make("dmc_pendulum_swingup_video", resource_files=str(clips), total_frames=16, time_limit=3, seed=1)
     source = env.unwrapped._distraction.source
     frames = np.concatenate([np.load(name)[:count] for name, count in source.clips])
@@ -384,9 +386,9 @@ def test_the_position_moves_by_one_per_observation_through_resets_and_wraps(clip
             mask = natural_video.matte(np.full((64, 64, 3), (0, 0, 1), np.uint8), np.zeros((1, 1, 1), np.uint8))
             assert not mask.any()
             grey = (observation["image"] == frames[position % 16][..., None]).all(-1)
-            assert grey.mean() > 0.97  # the share of the picture that the pendulum leaves free
+            assert grey.mean() > 0.97  # the part of the image that the pendulum does not cover
             position += 1
-    assert position - 16 > 6  # it did wrap
+    assert position - 16 > 6  # the sequence wrapped around
     starts = {video.Clips(source.clips, seed).position for seed in range(200)}
     assert starts == set(range(16))
     env.close()
@@ -435,13 +437,13 @@ def test_a_damaged_video_is_skipped_with_one_warning(clips, tmp_path):
         ({"action_repeat": 0}, "at least 1"),
     ],
 )
-def test_bad_options_fail_before_any_environment_is_made(options, message):
+def test_bad_options_fail_before_any_environment_is_created(options, message):
     with pytest.raises(envs.EnvError, match=message) as error:
         envs.prepare("dmc_walker_stand_video", **options)
     assert "\n" not in str(error.value)
 
 
-def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(clips, monkeypatch):
+def test_an_unwritable_cache_is_replaced_by_a_temporary_one(clips, monkeypatch):
     monkeypatch.setenv("HRSSM_CACHE", "/dev/null/cache")
     with pytest.warns(UserWarning, match="set HRSSM_CACHE"):
         name, count = video.cached(str(clips / "clip0.mp4"), SIZE, video.decode_video)
@@ -471,7 +473,7 @@ def test_seeds():
     np.testing.assert_array_equal(shared[0], shared[1])
 
 
-def test_a_resumed_run_has_the_same_clips_and_other_episodes(clips):
+def test_a_resumed_run_has_the_same_clips_and_new_episodes(clips):
     options = {"resource_files": str(clips), "total_frames": 10, "seed": 2}
     one, other = (envs.make("dmc_pendulum_swingup_video", start=start, **options) for start in (0, 500))
     assert one.unwrapped._distraction.source.clips == other.unwrapped._distraction.source.clips
@@ -488,7 +490,7 @@ def test_backgrounds_differ_between_environments_and_repeat_with_the_seed(clips)
     assert len(np.unique(images, axis=0)) > 1
 
 
-def test_workers_give_exactly_what_serial_gives(clips):
+def test_workers_and_serial_stepping_agree_exactly(clips):
     options = {"task": "dmc_pendulum_swingup_video", "resource_files": str(clips), "time_limit": 4}
     rng = np.random.default_rng(0)
     serial, parallel = vector(**options), vector(parallel=True, **options)
@@ -539,7 +541,7 @@ def test_resets_and_flags():
     assert obs["is_first"].all() and not obs["is_last"].any()
     kept = obs["count"]
     v.step(np.zeros((2, 1)))
-    np.testing.assert_array_equal(kept, [[0, 1], [0, 1]])  # the caller owns what it got
+    np.testing.assert_array_equal(kept, [[0, 1], [0, 1]])  # the caller owns the returned arrays
     obs, reward, done, info = v.step(np.zeros((2, 1)))
     assert (reward.dtype, reward.tolist()) == (np.float32, [2, 2])
     assert done.tolist() == [True, False]
@@ -562,7 +564,7 @@ def test_resets_and_flags():
 
 
 def follow(vec, steps, seed):
-    """Observations of the present and of each of some random steps, with resets where episodes end."""
+    """The current observation and those after random steps, with resets where episodes end."""
     rng, seen, done = np.random.default_rng(seed), [vec.observations()], np.zeros(vec.num_envs, bool)
     for _ in range(steps):
         if done.any():
@@ -580,8 +582,8 @@ RESTORED = {
 
 
 @pytest.mark.parametrize("task", RESTORED)
-def test_a_state_leads_on_exactly_in_another_vector(task, clips):
-    """In the middle of the second episode; the other one was made with another start and is elsewhere."""
+def test_state_is_restored_exactly_in_another_vector(task, clips):
+    """Restored in the middle of the second episode, into environments with another start and state."""
     options = {"resource_files": str(clips), "total_frames": 15, "time_limit": 5, "size": (16, 16)} | RESTORED[task]
     one, other = (vector(task=task, start=start, **options) for start in (0, 500))
     try:
@@ -592,7 +594,7 @@ def test_a_state_leads_on_exactly_in_another_vector(task, clips):
         assert other.load_state_dict(state).all()
         for ours, theirs in zip(follow(one, 6, seed=1)[0], follow(other, 6, seed=1)[0], strict=True):
             assert_equal(ours, theirs)
-        # Between episodes: the next one is the same, too.
+        # Between episodes, the next episode is the same too.
         ended = np.ones(2, bool)
         assert not other.load_state_dict(json.loads(json.dumps(one.state_dict(~ended)))).any()
         assert_equal(one.reset(ended), other.reset(ended))
@@ -601,15 +603,15 @@ def test_a_state_leads_on_exactly_in_another_vector(task, clips):
         other.close()
 
 
-def test_an_environment_that_cannot_be_brought_back_says_so(capfd):
+def test_an_environment_that_cannot_be_restored_warns(capfd):
     vectors = [Vector([lambda: Counter(9, False), lambda: Counter(2, False)], parallel=False) for _ in range(2)]
     one, other = vectors
-    for _ in range(2):  # of the number of the episode nobody knows, so the second episode cannot be restored
+    for _ in range(2):  # the episode counter is not saved, so the second episode cannot be restored
         one.reset(np.ones(2, bool))
     one.step(np.zeros((2, 1)))
     state = one.state_dict(np.array([True, False]))
     assert other.load_state_dict(state).tolist() == [False, False]
-    assert capfd.readouterr().err.startswith("warning: environment 0 did not get back to where it was")
+    assert capfd.readouterr().err.startswith("warning: environment 0 could not be restored to its state")
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
@@ -625,12 +627,12 @@ def test_a_worker_that_dies_or_hangs_is_replaced(fault, capfd):
         assert (obs["orientation"][0] != first["orientation"][0]).any()
         error = capfd.readouterr().err
         assert ("did not answer for 5 s" if fault == signal.SIGSTOP else "ended (exit code -9") in error
-        # It goes on, not with the episodes of the start.
+        # Training continues, but not with the first episodes again.
         again = vec.reset(done)
         assert again["is_first"].tolist() == [False, True]
         assert (again["orientation"][1] != first["orientation"][1]).any()
         assert not vec.step(np.zeros((2, 1), np.float32))[3]["lost"].any()
-        # A worker that is gone at a reset costs a warning only.
+        # A worker lost at a reset only causes a warning.
         os.kill(vec._slots[0]._process.pid, signal.SIGKILL)
         assert vec.reset(np.ones(2, bool))["is_first"].all() and vec.restarts == 2
         assert not vec.step(np.zeros((2, 1), np.float32))[3]["lost"].any()
@@ -642,7 +644,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(fault, capfd):
 
 
 class Dying(Counter):
-    """Ends its process at the first step of every episode."""
+    """Exits its process at the first step of every episode."""
 
     def __init__(self):
         super().__init__(5, False)
@@ -651,7 +653,7 @@ class Dying(Counter):
         os._exit(7)
 
 
-def test_a_worker_that_dies_again_and_again_is_an_error(capfd):
+def test_a_worker_that_dies_repeatedly_is_an_error(capfd):
     vec = Vector([Dying], parallel=True)
     for _ in range(3):
         vec.reset(np.ones(1, bool))
@@ -663,7 +665,7 @@ def test_a_worker_that_dies_again_and_again_is_an_error(capfd):
     assert not [p for p in _children(os.getpid()) if "spawn_main" in p]
 
 
-def test_an_error_in_a_worker_is_the_error_of_the_parent():
+def test_an_error_in_a_worker_is_raised_in_the_parent():
     good = functools.partial(ControlSuite, "pendulum", "swingup", size=(8, 8))
     with pytest.raises(envs.EnvError, match="unknown suite 'nothing'") as error:
         Vector([good, functools.partial(envs.make, "nothing")], parallel=True)
@@ -680,7 +682,7 @@ def _children(parent):
             if int(fields[1]) == parent and fields[0] != "Z":
                 lines.append((status.parent / "cmdline").read_text())
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
+            continue  # it has exited since
     return lines
 
 
@@ -696,13 +698,13 @@ assert "torch" not in sys.modules and "dm_control" not in sys.modules
 print("worker", multiprocessing.active_children()[0].pid, flush=True)
 if "wait" in sys.argv:
     time.sleep(60)
-# The vector stays open: leaving must not hang although its worker ignores SIGTERM.
+# The vector stays open: exiting must not hang although its worker ignores SIGTERM.
 """
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts SCRIPT with arguments and environment variables; ends what is left of it."""
+    """Starts SCRIPT with arguments and environment variables, and kills what is left of it."""
     script = tmp_path / "main.py"
     script.write_text(SCRIPT)
     started = []
@@ -745,7 +747,7 @@ def test_workers_die_with_a_killed_parent(start, hanging):
         time.sleep(0.05)
 
 
-def test_no_way_to_render_is_one_line(start):
+def test_no_rendering_backend_gives_a_one_line_error(start):
     process = start(MUJOCO_GL="nonsense")
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -758,7 +760,7 @@ def test_clean_image_is_the_same_state_without_distraction():
     env = envs.make("dmc_finger_turn_hard_video", clean_image=True, **options)
     clean = envs.make("dmc_finger_turn_hard", clean_image=True, **options)
     assert "clean_image" in env.observation_space.spaces and "clean_image" not in clean.observation_space.spaces
-    for _ in range(2):  # the target moves with every reset
+    for _ in range(2):  # the target changes at every reset
         pairs = [(env.reset()[0], clean.reset()[0])]
         for action in np.linspace(-1, 1, 10).reshape(5, 2):
             pairs.append((env.step(action)[0], clean.step(action)[0]))
@@ -766,7 +768,7 @@ def test_clean_image_is_the_same_state_without_distraction():
             assert (observed["clean_image"] == expected["image"]).all()
             assert (observed["image"] != expected["image"]).any()
     env.unwrapped.step(np.ones(2))
-    with pytest.raises(RuntimeError, match="moved otherwise"):
+    with pytest.raises(RuntimeError, match="in different states: "):
         env.env.step(np.ones(2))
     env.close()
     clean.close()

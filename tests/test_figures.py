@@ -1,8 +1,9 @@
-"""Plots and report: statistics, binning, grouping, files, unfinished and broken runs."""
+"""Plots and report: statistics, binning, grouping, files, labels, unfinished and broken runs."""
 
 import base64
 import csv
 import gzip
+import itertools
 import json
 import re
 
@@ -10,25 +11,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dreamer
 import tools
-from figures import plot, report
+from figures import grid, plot, report
 
 
 def write_run(folder, values, *, steps=None, task="dmc_walker_stand", seed=0, key="eval/return", **options):
-    """A run's files as dreamer.py leaves them, with `values` at `steps` (default every 100 frames)."""
+    """The files of a run as dreamer.py writes them, with `values` at `steps` (default every 100 frames)."""
     config = tools.load_config(["--eval_every", "100", "--steps", "500"])
     vars(config).update(task=task, seed=seed, logdir=str(folder), **options)
     tools.save_config(config, folder, ["--seed", str(seed)])
     steps = steps or [100 * (i + 1) for i in range(len(values))]
     rows = [json.dumps({"step": s, key: v, "time": 36.0}) for s, v in zip(steps, values, strict=True)]
-    # Other rows in between, as in every run.
+    # Other rows in between, as in real runs.
     (folder / "metrics.jsonl").write_text("\n".join(['{"step": 1, "episode/return": 1.0}', *rows]) + "\n")
     return folder
 
 
 @pytest.fixture
 def sweep(tmp_path):
-    """2 tasks x 2 methods x 2 seeds; one run is unfinished and one was killed while it wrote a line."""
+    """2 tasks x 2 methods x 2 seeds; one run is unfinished, and one was killed while writing a line."""
     for task, level in [("dmc_walker_stand", 100.0), ("dmc_cheetah_run", 500.0)]:
         for seed in range(2):
             full = write_run(tmp_path / task / "full" / str(seed), [level + seed, level + 10], task=task, seed=seed)
@@ -45,10 +47,10 @@ def sweep(tmp_path):
 def test_iqm_is_the_mean_of_the_middle_half():
     assert plot.iqm([np.array([0.0, 10.0, 20.0, 1000.0])])[0] == 15
     assert plot.iqm([np.array([0.0, 10.0]), np.array([20.0, 1000.0])])[0] == 15
-    assert plot.iqm([np.array([1.0, 2.0, 6.0])])[0] == 3  # too few to cut
+    assert plot.iqm([np.array([1.0, 2.0, 6.0])])[0] == 3  # too few for quartiles
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_the_true_mean_about_as_often_as_stated():
     rng = np.random.default_rng(1)
     draws = rng.normal(size=(200, 20))
     covered = [low <= 0 <= high for _, low, high in (plot.iqm([draw]) for draw in draws)]
@@ -56,7 +58,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_the_bootstrap_is_stratified():
-    """Runs are drawn within their task: the gap between two tasks must not widen the interval."""
+    """Runs are resampled within their task: the gap between two tasks must not widen the interval."""
     rng = np.random.default_rng(0)
     easy, hard = rng.normal(900, 5, 6), rng.normal(100, 5, 6)
     mean, low, high = plot.iqm([easy, hard])
@@ -70,7 +72,7 @@ def test_one_run_has_no_interval():
 
 
 def test_bins():
-    """Left closed; the mean of a run's rows counts once; a run that has not got there is left out and told."""
+    """Closed on the left; a run counts once, with the mean of its rows; `complete` is false where a run is missing."""
     one = plot.Run("t", "m", 0, np.array([99.0, 100.0, 150.0, 200.0]), np.array([1.0, 2.0, 4.0, 8.0]))
     two = plot.Run("t", "m", 1, np.array([100.0]), np.array([5.0]))
     points = plot.curve([one, two], 100)
@@ -89,7 +91,7 @@ def test_runs_are_grouped_by_task_and_by_what_differs(sweep):
     assert {name: len(runs) for name, runs in groups.items()} == {
         (task, method): 2
         for task in ("dmc_walker_stand", "dmc_cheetah_run")
-        for method in ("HRSSM", "HRSSM nomlr nosimsr")
+        for method in ("HRSSM", "HRSSM without both losses")
     }
 
 
@@ -100,13 +102,81 @@ def test_names_of_methods(tmp_path, capsys):
         tmp_path / "c", [1.0], task="dmc_cheetah_run", mask_ratio=0.7, action_repeat=4
     )  # with the task, not within
     methods = [run.method for run in plot.read_runs([tmp_path], method="ours")]
-    assert methods == ["ours mask_ratio 0.3", "ours mask_ratio 0.7", "ours mask_ratio 0.7"]
+    assert methods == ["ours mask ratio 0.3", "ours mask ratio 0.7", "ours mask ratio 0.7"]
     write_run(tmp_path / "d", [1.0], mask_ratio=0.3, patch_size=8, block_size=2, encoder_tau=0.1)
     assert {run.method for run in plot.read_runs([tmp_path])} == {"HRSSM #1", "HRSSM #2", "HRSSM #3"}
-    assert "HRSSM #1: mask_ratio 0.3, patch_size 10" in capsys.readouterr().out
+    assert "HRSSM #1: mask ratio 0.3, patch size 10" in capsys.readouterr().out
 
 
-def test_a_row_that_comes_again_replaces_the_first_and_null_is_no_value(tmp_path):
+def test_methods_have_names_and_options_of_their_own(tmp_path, capsys):
+    """A decoder is part of `dreamer` and a probe elsewhere; runs from before the option `method` are HRSSM."""
+    write_run(tmp_path / "a", [1.0])
+    saved = json.loads((tmp_path / "a/config.json").read_text())
+    saved["config"].pop("method", None)
+    (tmp_path / "a/config.json").write_text(json.dumps(saved))
+    write_run(tmp_path / "b", [1.0], method="hrssm", nosimsr=True, decoder={"cnn_depth": 8})
+    write_run(tmp_path / "c", [1.0], method="dreamer", decoder={"cnn_depth": 8})
+    write_run(tmp_path / "d", [1.0], method="dreamer")
+    write_run(tmp_path / "e", [1.0], method="repo")
+    write_run(tmp_path / "f", [1.0], method="hrssm", nomlr=True, mask_ratio=0.3)
+    assert capsys.readouterr().err == ""
+    runs = plot.read_runs([tmp_path])
+    assert [run.method for run in runs] == [
+        "HRSSM mask ratio 0.5",
+        "HRSSM without bisimulation, mask ratio 0.5",
+        "DreamerV3 decoder cnn depth 8",
+        "DreamerV3 decoder cnn depth 32",
+        "RePo",
+        "HRSSM without latent reconstruction, mask ratio 0.3",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_every_method_has_a_display_name_and_a_name_in_sweep():
+    assert plot.METHODS.keys() == dreamer.METHODS.keys()
+    sweep = (tools.ROOT / "setup/sweep.sh").read_text()
+    assert f"{' | '.join(plot.METHODS)})" in sweep and f"{', '.join(plot.METHODS)} " in sweep
+
+
+def test_unequal_settings_of_two_methods_cost_a_warning(tmp_path, capsys):
+    write_run(tmp_path / "a", [1.0], method="hrssm", batch_size=8)
+    write_run(tmp_path / "b", [1.0], method="dreamer", batch_size=16)
+    assert [run.method for run in plot.read_runs([tmp_path])] == ["HRSSM", "DreamerV3"]
+    assert "the methods do not share all their settings: batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "suffix, start", [(".svg", b"<?xml"), (".pdf", b"%PDF"), (".png", b"\x89PNG"), ("", b"\x89PNG")]
+)
+def test_the_suffix_of_out_decides_the_format(sweep, tmp_path, suffix, start):
+    assert plot.main([str(sweep), "--out", str(tmp_path / f"c{suffix}")]) == 0
+    assert (tmp_path / f"c{suffix or '.png'}").read_bytes().startswith(start)
+
+
+def test_unknown_format(sweep, capsys):
+    assert plot.main([str(sweep), "--out", str(sweep / "c.html")]) == 2
+    assert "must be one of .png, .pdf, .svg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tasks, methods", [(1, 4), (2, 2), (3, 8), (5, 3)])
+def test_text_stays_inside_the_picture(tmp_path, tasks, methods):
+    """Titles and labels of the axes within the figure, neighbouring panels apart."""
+    for task, method, seed in itertools.product(range(tasks), range(methods), range(2)):
+        folder = tmp_path / f"{task}_{method}_{seed}"
+        name = f"{'gym' if task else 'dmc'}_walker{task}_stand_distracting_cs"
+        write_run(folder, [1.0, 2.0], task=name, seed=seed, mask_ratio=method / 10, steps=[100000, 400000])
+    _, results = plot.load(plot.arguments("", "x").parse_args([str(tmp_path)]))
+    figure = plot.draw(results)
+    figure.canvas.draw()
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    width, height = figure.canvas.get_width_height()
+    for box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    plot.plt.close(figure)
+
+
+def test_a_repeated_row_replaces_the_first_and_null_is_no_value(tmp_path):
     write_run(tmp_path / "a", [1.0, 2.0, 3.0, None], steps=[100, 200, 200, 300])
     (run,) = plot.read_runs([tmp_path / "a"])
     assert (run.steps.tolist(), run.values.tolist()) == ([100, 200], [1, 3])
@@ -161,7 +231,7 @@ def test_files(sweep, tmp_path):
 
     points = {(r["source"], r["task"], r["method"], float(r["step"])): r for r in rows(tmp_path / "c.csv")}
     assert float(points["run", "dmc_walker_stand", "HRSSM", 100]["iqm"]) == 100.5
-    assert points["run", "dmc_walker_stand", "HRSSM nomlr nosimsr", 200]["runs"] == "1"
+    assert points["run", "dmc_walker_stand", "HRSSM without both losses", 200]["runs"] == "1"
     assert float(points["published", "dmc_walker_stand", "other", 150]["iqm"]) == 1.5
     assert max(step for *_, step in points) == 200  # published curves end where ours do
 
@@ -197,7 +267,7 @@ def test_report_is_one_self_contained_page(sweep):
     noise = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
     for step, frames in zip((900, 1000), noise, strict=True):
         tools.save_mp4(run / "video" / f"eval_policy_{step}.mp4", frames, 10)
-    Image.new("RGB", (8, 8)).save(run / "video" / "eval_openloop_900.png")
+    Image.new("RGB", (12 * 64, 3 * 64)).save(run / "video" / "eval_openloop_900.png")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 300, "robustness/video/denoising_factor": 0.4321}\n')
     write_run(sweep / "<b>", [1.0], task="dmc_<b>_run")
@@ -213,3 +283,28 @@ def test_report_is_one_self_contained_page(sweep):
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "dmc_<b>" not in page and "dmc_&lt;b&gt;" in page
     assert "<tr><td>nomlr</td>" in page and tools.package_version("torch") in page
+
+
+def test_a_grid_enlarges_without_smoothing_and_labels_rows_and_columns():
+    frame = np.full((8, 8, 3), 200, np.uint8)
+    frame[0, 0] = 10
+    picture = np.asarray(grid.draw([[frame, None], [frame, frame]], ["one", "two"], ["a", "b"], tile=20))
+    values, counts = np.unique(picture[(picture == picture[..., :1]).all(-1)][:, 0], return_counts=True)
+    pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    assert pixels[200] >= 3 * 63 * 9 and 3 * 9 <= pixels[10] < 4 * 9  # three tiles of 8 x 8 cells of 3 x 3 pixels
+    left, top = picture.shape[1] - 2 * (24 + grid.GAP), picture.shape[0] - 2 * (24 + grid.GAP)
+    assert (picture[:top, left:] < 100).any() and (picture[top:, :left] < 100).any()  # both kinds of label
+    assert (picture[top : top + 24, -24 - grid.GAP :] == 255).all()  # the blank tile
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_open_loop_strip(rows, monkeypatch):
+    """A row per part of the video, the observed frame only where there are four; a line after the frames seen."""
+    calls = []
+    monkeypatch.setattr(grid, "draw", lambda *args, **options: calls.append((args, options)))
+    columns = np.arange(rows * 16, dtype=np.uint8)[None, :, None, None] * np.ones((12, 1, 16, 3), np.uint8)
+    grid.open_loop(columns, 16)
+    ((tiles, labels, titles), options) = calls[0]
+    assert labels == ["observed", "truth", "model", "error"][-rows:] and options == {"rule": 2}
+    assert titles[:3] == ["seen t=0", "seen t=5", "imagined t=10"] and len(titles) == 12
+    assert [tile[0][0, 0, 0] for tile in tiles] == [16 * i for i in range(rows)]

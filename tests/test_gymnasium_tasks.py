@@ -1,4 +1,4 @@
-"""Any gymnasium environment as a task: spaces, actions, pictures, ends, seeds and errors."""
+"""Any gymnasium environment as a task: spaces, actions, images, episode ends, seeds and errors."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from tests.helpers import ROOT, SMALL
 
 
 class Odd(gymnasium.Env):
-    """Unequal and missing bounds, a matrix of actions, a Dict with a picture, and an end after three steps."""
+    """Unequal and missing bounds, a matrix of actions, a Dict with an image, and episodes of three steps."""
 
     metadata = {"render_modes": ["rgb_array"]}
     action_space = gymnasium.spaces.Box(
@@ -85,7 +85,7 @@ def registered():
         del gymnasium.registry[f"Test{env.__name__}-v0"]
 
 
-def test_observations_are_flattened_pictures_scaled_and_the_rendering_added():
+def test_observations_are_flattened_images_scaled_and_the_rendering_added():
     env = GymnasiumTask("TestOdd-v0", size=(10, 16))
     observation, _ = env.reset()
     assert env.observation_space.contains(observation)
@@ -110,7 +110,7 @@ def test_actions_are_mapped_to_the_bounds():
 
 
 @pytest.mark.parametrize("name, ends", [("Odd", (True, False)), ("Buttons", (False, True))])
-def test_ends_rewards_and_success_pass_through_repeated_actions(name, ends):
+def test_episode_ends_rewards_and_success_with_repeated_actions(name, ends):
     env = envs.make(f"gym_Test{name}-v0", action_repeat=2)
     env.reset()
     outcomes = [env.step(env.action_space.sample())[1:] for _ in range(2)]
@@ -119,7 +119,7 @@ def test_ends_rewards_and_success_pass_through_repeated_actions(name, ends):
         env.step(env.action_space.sample())
 
 
-def test_discrete_actions_and_a_picture_as_the_only_observation():
+def test_discrete_actions_and_an_image_as_the_only_observation():
     env = GymnasiumTask("TestButtons-v0", size=(8, 8))
     observation, _ = env.reset()
     assert env.action_space == gymnasium.spaces.Discrete(4)
@@ -135,7 +135,7 @@ def test_seeds():
 
     one, same, other = (envs.make("gym_TestOdd-v0", seed=seed) for seed in (3, 3, 4))
     first, second = poses(one)
-    assert first != second  # the next episode is another one
+    assert first != second  # the next episode is different
     assert poses(same) == [first, second]
     assert first not in poses(other)
     assert len(set(poses(one, seed=5))) == 1
@@ -153,7 +153,7 @@ def test_seeds():
         "gym_TestWords-v0": "only Box of floats and Discrete",
     }.items(),
 )
-def test_what_cannot_work_is_one_line(task, message):
+def test_unsupported_environments_give_a_one_line_error(task, message):
     with pytest.raises(envs.EnvError, match=message) as error:
         envs.make(task).reset()
     assert "\n" not in str(error.value)
@@ -173,7 +173,7 @@ def test_mujoco_environment_in_workers():
         assert (obs["state"][0] != obs["state"][1]).any()
         while not obs["is_last"].any():
             obs, *_ = vec.step(np.ones((2, 1), np.float32))
-        assert obs["is_terminal"].any()  # it fell
+        assert obs["is_terminal"].any()  # the robot fell
     finally:
         vec.close()
 

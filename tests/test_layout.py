@@ -110,11 +110,11 @@ def test_an_import_circle_is_found(tmp_path):
 
 
 def unsafe(tree: ast.AST) -> list[str]:
-    """Calls that could run what they read, or write where they should not."""
-    found = []
+    """Calls that could execute the data they read, or write outside their folder."""
+    calls = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom) and "pickle" in ast.unparse(node):
-            found.append(ast.unparse(node))
+            calls.append(ast.unparse(node))
         if not isinstance(node, ast.Call):
             continue
         name, options = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
@@ -125,24 +125,24 @@ def unsafe(tree: ast.AST) -> list[str]:
             "eval": False,
             "exec": False,
             "os.system": False,
-            "time.time": False,  # jumps when the clock is set
+            "time.time": False,  # jumps when the clock is adjusted
         }.get(name, name.split(".")[-1] != "extractall" and options.get("shell", "False") == "False")
         if not safe:
-            found.append(ast.unparse(node))
-    return found
+            calls.append(ast.unparse(node))
+    return calls
 
 
-def test_nothing_that_is_read_is_run():
+def test_data_is_never_executed():
     files = [*ROOT.glob("*.py"), *(ROOT / "envs").glob("*.py"), *(ROOT / "setup").glob("*.py")]
     files += (ROOT / "figures").glob("*.py")
     assert len(files) > 20
-    assert {path.name: found for path in files if (found := unsafe(ast.parse(path.read_text())))} == {}
+    assert {path.name: calls for path in files if (calls := unsafe(ast.parse(path.read_text())))} == {}
     for line in ["torch.load(p)", "np.load(p, allow_pickle=True)", "eval(x)", "import pickle", "run(x, shell=True)"]:
         assert unsafe(ast.parse(line)), line
 
 
 def test_nothing_listens_to_the_network():
-    """TensorBoard listens on localhost unless told otherwise."""
+    """TensorBoard listens on localhost by default."""
     for path in [ROOT / "README.md", *(ROOT / "setup").glob("*.sh"), *ROOT.glob("*.py")]:
         assert not {"--bind_all", "0.0.0.0"} & set(path.read_text().split()), path
 
@@ -155,9 +155,9 @@ def test_environments_stand_alone():
 
 
 def test_environments_do_not_load_torch():
-    """Also not through a dependency: an environment worker would pay seconds and hundreds of MB for it."""
+    """Not through a dependency either: it would cost each environment worker seconds and hundreds of MB."""
     modules = sorted(f"envs.{path.stem}" for path in (ROOT / "envs").glob("*.py") if path.stem != "__init__")
     if importlib.util.find_spec("mani_skill2") is None:
-        modules.remove("envs.maniskill_tasks")  # the only one that needs what is not installed on every Python
+        modules.remove("envs.maniskill_tasks")  # needs mani_skill2, which is not installed on every Python
     code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

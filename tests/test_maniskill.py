@@ -1,4 +1,4 @@
-"""ManiSkill2 in the real simulator and generated rooms; models that must be downloaded are replaced by boxes."""
+"""ManiSkill2 in the real simulator with generated rooms; models that need a download are replaced by boxes."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from envs import maniskill, realistic_maniskill
 from setup import download
 from tests.helpers import SMALL
 
-# Where there is a wheel, the tests run or fail: nothing is skipped for want of Vulkan.
+# Where there is a wheel, the tests run or fail; they are not skipped for lack of Vulkan.
 pytestmark = pytest.mark.skipif(
     sys.version_info[:2] != (3, 11) or (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="SAPIEN 2 has wheels for Python 3.11 on x86-64 Linux only",
@@ -30,7 +30,7 @@ SIZE = (32, 32)
 
 @pytest.fixture(scope="session")
 def rooms(tmp_path_factory):
-    """A folder of three generated rooms, marked as such."""
+    """A folder of three generated rooms, marked as generated."""
     folder = tmp_path_factory.mktemp("rooms")
     for i in range(3):
         download.write_room(folder / f"room{i}.glb", np.random.default_rng(i))
@@ -84,7 +84,7 @@ def test_a_full_episode(make, task):
         assert not terminated and truncated == (t == 99) and info["success"] in (0.0, 1.0)
         rewards.append(reward)
     assert np.isfinite(rewards).all() and np.ptp(rewards) > 0
-    assert np.abs(observation["image"].astype(int) - first).max() > 50  # the robot was seen to move
+    assert np.abs(observation["image"].astype(int) - first).max() > 50  # the robot moves in the image
     if task in CUBES:
         assert rewards[0] == pytest.approx(1.0, abs=1e-3) and 1.85 < max(rewards[:6]) < 2.0
     if task == "lift_cube":
@@ -94,7 +94,7 @@ def test_a_full_episode(make, task):
 
 
 def by_hand(task: str, cube, tcp, fingers: float, grasped: bool) -> float:
-    """The reward of the public research code, written down once more, number by number and without numpy."""
+    """The reward of the public research code, written again with plain numbers."""
 
     def linear(x, bound, margin):
         return 1.0 if x <= bound else max(0.0, 1.0 - 0.9 * (x - bound) / margin)
@@ -115,7 +115,7 @@ def by_hand(task: str, cube, tcp, fingers: float, grasped: bool) -> float:
 
 
 @pytest.mark.parametrize("task", CUBES)
-def test_rewards_are_those_of_the_formula_on_recorded_states(make, task):
+def test_rewards_match_the_formula(make, task):
     env = simulator(make(f"rms_{task}"))
     env.reset(seed=0)
     rewards, rng = [], np.random.default_rng(0)
@@ -127,7 +127,7 @@ def test_rewards_are_those_of_the_formula_on_recorded_states(make, task):
         expected = by_hand(task, env.obj.pose.p.tolist(), env.tcp.pose.p.tolist(), fingers, grasped)
         assert reward == pytest.approx(expected, abs=1e-6)
         rewards.append(reward)
-    # Near, grasped and away again; lifting pays in two tasks, and at the goal's height pick_cube pays for the place.
+    # Close, grasped and away; lifting is rewarded in two tasks, and the position at the goal's height in pick_cube.
     assert min(rewards) < 0.9
     assert max(rewards) > {"push_cube": 1.85, "lift_cube": 5.9, "pick_cube": 7.0}[task]
 
@@ -166,7 +166,7 @@ def test_equal_seeds_give_equal_states_and_frames(make):
     assert not np.array_equal(frames, other_frames) and not np.array_equal(states, other_states)
 
 
-def test_rooms_change_what_is_seen_and_nothing_else(make, rooms):
+def test_rooms_change_the_image_and_nothing_else(make, rooms):
     env = make("rms_lift_cube")
     runs = [rollout(env, seed) for seed in range(5)]
     assert all(np.array_equal(states, runs[0][1]) for _, states in runs)
@@ -176,7 +176,7 @@ def test_rooms_change_what_is_seen_and_nothing_else(make, rooms):
     bare.unwrapped._scenes = []
     frames, states = rollout(bare, 0)
     assert np.array_equal(states, runs[0][1])
-    # Without a room there is no ground to be seen either: what is not robot or cube is empty.
+    # Without a room the ground is invisible too: pixels other than robot and cube are empty.
     assert (frames[0].max(-1) == 0).mean() > 0.5 > 0.05 > (runs[0][0][0].max(-1) == 0).mean()
 
 
@@ -192,7 +192,7 @@ def test_actions_are_clipped_and_checked(make):
     np.testing.assert_array_equal(env.step(np.full(7, -1.0))[0]["image"], wild)
 
 
-def test_a_worker_gives_what_this_process_gives(rooms):
+def test_a_worker_and_this_process_agree(rooms):
     frames = []
     for parallel in (False, True):
         options = {"action_repeat": 1, "size": SIZE, "scene_files": str(rooms)}
@@ -204,7 +204,7 @@ def test_a_worker_gives_what_this_process_gives(rooms):
             frames.append((reset, step["image"], vec.render(0)))
             if not parallel:
                 state = vec.state_dict(np.ones(1, bool))
-            else:  # acted out again, another environment is where the first was
+            else:  # after replaying the actions, the other environment is in the same state
                 vec.reset(np.ones(1, bool))
                 assert vec.load_state_dict(state).all()
                 np.testing.assert_array_equal(vec.observations()["image"], step["image"])
@@ -222,11 +222,11 @@ def test_ground_truth_and_camera_of_the_plain_tasks(make):
     seen, _ = env.reset(seed=0)
     assert {key: value.shape[:2] for key, value in seen.items() if key != "state"} == {"image": SIZE, "depth": SIZE}
     assert 0.1 < seen["depth"].max() < 10 and seen["image"].std() > 5
-    assert len(seen["state"]) < len(truth["state"])  # where the cube is must be seen
+    assert len(seen["state"]) < len(truth["state"])  # the position of the cube is in the image only
     assert env.observation_space.contains(env.step(np.zeros(7))[0])
 
 
-# --- models that must be downloaded, in name -------------------------------------------------------------------------
+# --- stand-ins for models that need a download ------------------------------------------------------------------------
 
 FAUCET = """<robot name="faucet">
 <link name="base"/>
@@ -239,7 +239,7 @@ FAUCET = """<robot name="faucet">
 
 
 def write_models(folder):
-    """A faucet, a kit with one object, and an episode with two obstacles, all of boxes."""
+    """A faucet, a kit with one object, and an episode with two obstacles, all made of boxes."""
     import trimesh
 
     box = '<origin xyz="0 0 {}"/><geometry><box size="{}"/></geometry>'
@@ -290,7 +290,7 @@ def test_tasks_with_models_run_on_stand_ins(make, tmp_path, task):
         np.testing.assert_allclose(simulator(env).faucet.pose.p, [0.1, 0, 0], atol=1e-6)
 
 
-def test_downloads_out_of_local_folders(rooms, tmp_path, monkeypatch, capfd):
+def test_downloads_from_local_folders(rooms, tmp_path, monkeypatch, capfd):
     write_models(tmp_path / "models")
     assert download.main(["maniskill", "--from", str(tmp_path / "models")]) == 0
     assert all(
@@ -299,7 +299,7 @@ def test_downloads_out_of_local_folders(rooms, tmp_path, monkeypatch, capfd):
     asked = []
     monkeypatch.setattr(download.subprocess, "run", lambda command, **_: asked.append(command[-1]) or broken)
     broken = subprocess.CompletedProcess([], 1)
-    assert download.main(["maniskill"]) == 0 and asked == []  # all is there
+    assert download.main(["maniskill"]) == 0 and asked == []  # nothing is missing
     (tmp_path / "assets/maniskill/avoid_obstacles/panda_train_2k.json.gz").unlink()
     assert download.main(["maniskill"]) == 2 and asked == ["panda_avoid_obstacles"]
     assert "error: ManiSkill2's downloader failed" in capfd.readouterr().err
@@ -309,7 +309,7 @@ def test_downloads_out_of_local_folders(rooms, tmp_path, monkeypatch, capfd):
     assert download.main(["matterport"]) == 2 and download.main(["matterport", "--from", str(tmp_path / "no")]) == 2
 
 
-# --- one line each ---------------------------------------------------------------------------------------------------
+# --- error messages ---------------------------------------------------------------------------------------------------
 
 
 def one_line(match: str, call) -> None:
@@ -337,7 +337,7 @@ def test_missing_scenes(make):
     )
 
 
-def test_generated_rooms_are_said_to_be_so(rooms, tmp_path):
+def test_generated_rooms_cause_a_warning(rooms, tmp_path):
     (tmp_path / "assets/matterport").mkdir(parents=True)
     (tmp_path / "assets/matterport/GENERATED").touch()
     (tmp_path / "assets/matterport/a.glb").touch()
@@ -383,7 +383,7 @@ def test_names():
     assert {f"rms_{task}" for task in realistic_maniskill.MODELS} - {"rms_pick_cube"} == hrssm.REWARD_MAX.keys()
 
 
-def test_the_table_of_plain_tasks_is_that_of_the_package():
+def test_task_table_matches_the_package():
     maniskill.import_mani_skill()
     from mani_skill2.utils.registration import REGISTERED_ENVS
 

@@ -1,4 +1,4 @@
-"""The robustness report: its numbers against naive loops, its pictures against real simulators, the command."""
+"""Robustness: measures against naive loops, paired observations in real simulators, the command and its picture."""
 
 import csv
 import itertools
@@ -52,8 +52,25 @@ def test_denoising_factor_against_its_definition():
     )
 
 
+def test_errors_are_jackknife_errors_over_draws(rendered):
+    """Against a loop that leaves out one draw at a time; there are none for two draws."""
+    agent, _ = make_agent()
+    torch.nn.init.normal_(agent.actor_critic.critic.out.weight)
+    (obs, actions), networks = rendered, (agent.world_model, agent.actor_critic)
+    metrics = models.measure_robustness(*networks, obs, actions)
+    left_out = []
+    for k in range(3):
+        pair = {key: np.delete(value, k, 0) for key, value in obs.items()}
+        left_out.append(models.measure_robustness(*networks, pair, actions))
+        assert not any(key.endswith("_error") for key in left_out[-1])
+    for name in models.ROBUSTNESS:
+        values = np.array([numbers[name] for numbers in left_out])
+        error = np.sqrt(2 / 3 * ((values - values.mean()) ** 2).sum())
+        assert error > 1e-4 and metrics[f"{name}_error"] == pytest.approx(error, rel=1e-3)
+
+
 def test_extremes():
-    """1 if only the state matters; about 0 for agreement, and below 0 for the factor, if only the draw matters."""
+    """1 if only the state matters; agreement about 0 and factor below 0 if only the draw matters."""
     x = torch.randn(1, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     states, draws = x.expand(40, -1, -1), x[:, :40].transpose(0, 1).expand(-1, 50, -1)
     assert models.denoising_factor(states)["denoising_factor"] == pytest.approx(1.0)
@@ -62,7 +79,7 @@ def test_extremes():
     assert abs(models.agreement(draws)) < 0.05
 
 
-def test_one_state_many_distractions(rendered):
+def test_one_state_under_many_distractions(rendered):
     obs, actions = rendered
     assert obs["image"].shape == (3, 2, 5, 32, 32, 3) and actions.shape == (2, 5, 1)
     for key in ("position", "velocity"):
@@ -79,12 +96,29 @@ def test_an_agent_that_sees_no_picture_is_perfectly_robust(rendered):
     vectors, _ = make_agent("--encoder.mlp_keys", ".*", "--encoder.cnn_keys", "$^")
     pixels, _ = make_agent()
     for agent in (vectors, pixels):
-        torch.nn.init.normal_(agent.actor_critic.critic.out.weight)  # it starts with zeros
+        torch.nn.init.normal_(agent.actor_critic.critic.out.weight)  # initialised to zero
     before = torch.get_rng_state()
     blind, seeing = (models.measure_robustness(a.world_model, a.actor_critic, *rendered) for a in (vectors, pixels))
     assert torch.equal(before, torch.get_rng_state())
     assert [blind[name] for name in models.ROBUSTNESS] == pytest.approx([1.0] * 3)
+    assert [blind[f"{name}_error"] for name in models.ROBUSTNESS] == pytest.approx([0.0] * 3, abs=1e-6)
     assert all(seeing[name] < 0.99 for name in models.ROBUSTNESS)
+
+
+def test_picture():
+    """Two trained runs and their untrained networks have four styles, and every bar its interval."""
+    rows = []
+    for run, name in itertools.product(("log/a/0", "log/b/0"), ("", " untrained")):
+        numbers = dict.fromkeys(models.ROBUSTNESS, 0.5) | {f"{key}_ci": 0.1 for key in models.ROBUSTNESS}
+        rows.append({"run": run + name, "task": TASK} | numbers)
+    figure = robustness.draw(rows, {TASK: np.zeros((4, 32, 32, 3), np.uint8)})
+    *_, bars = figure.subfigs[1].axes
+    styles = {(bar.get_facecolor(), bar.get_hatch()) for bar in bars.patches}
+    assert len(styles) == 4 and len(bars.collections) == 4
+    labels = [text.get_text() for text in figure.subfigs[1].legends[0].get_texts()]
+    assert labels == ["a/0", "a/0, untrained", "b/0", "b/0, untrained"]
+    robustness.plot.plt.close(figure)
+    assert robustness.short_names(["x/log/full/0"]) == {"x/log/full/0": "full/0"}
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -92,7 +126,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     tools.save_config(config, tmp_path, [])
     tools.save_checkpoint(tmp_path / "latest.pt", {"agent": agent.state_dict()})
     out = tmp_path / "found.png"
-    small = ["--draws", "2", "--steps", "3", "--episodes", "1", "--out", str(out)]
+    small = ["--draws", "3", "--steps", "3", "--episodes", "2", "--out", str(out)]
     assert robustness.main([str(tmp_path), *small]) == 0, capsys.readouterr().err
     with open(tmp_path / "found.csv") as file:
         rows = list(csv.DictReader(file))
@@ -101,16 +135,18 @@ def test_command(tmp_path, capsys, monkeypatch):
         (str(tmp_path), TASK),
         (f"{tmp_path} untrained", TASK),
     ]
-    # The weights are those of the same seed, so that both rows must agree but for the return.
+    # The weights have the same seed, so both rows agree except for the return.
     assert [rows[1][name] for name in models.ROBUSTNESS[:2]] == [rows[2][name] for name in models.ROBUSTNESS[:2]]
     assert float(rows[1]["of_clean"]) == pytest.approx(float(rows[1]["return"]) / float(rows[0]["return"]))
-    assert out.stat().st_size > 1000
+    assert float(rows[1]["denoising_factor_ci"]) > 0 and float(rows[1]["return_ci"]) >= 0
+    assert out.stat().st_size > 1000 and out.with_suffix(".pdf").exists()
     assert "denoising_factor" in capsys.readouterr().out
     for argv, hint in {
         (str(tmp_path / "no"),): "holds no run with a checkpoint",
         (str(tmp_path), "--task", "dmc_walker_stand_video"): "give variants of dmc_cartpole_balance",
         (str(tmp_path), "--draws", "1"): "--draws and --steps take at least 2",
+        (str(tmp_path), "--out", "x.gif"): "must be one of .png, .pdf, .svg",
     }.items():
-        assert robustness.main([*argv, "--out", str(out)]) == 2
+        assert robustness.main(["--out", str(out), *argv]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and hint in err and len(err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""setup/sweep.sh with a stand-in for training that keeps to what it relies on: exit codes, signals, metrics.jsonl."""
+"""setup/sweep.sh and setup/slurm.sh with a stand-in for training: same exit codes, signals and metrics.jsonl."""
 
 import json
 import os
@@ -33,7 +33,7 @@ with open(logdir.parents[2] / "ends.jsonl", "a") as file:
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A function that calls the script of a checkout whose dreamer.py is the stand-in, on the folder `my runs`."""
+    """A function that starts sweep.sh on the folder `my runs`, in a checkout where dreamer.py is the stand-in."""
     (tmp_path / "setup").mkdir()
     shutil.copy(SWEEP, tmp_path / "setup")
     (tmp_path / "dreamer.py").write_text(TRAIN)
@@ -50,8 +50,8 @@ def sweep(tmp_path):
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
-                # Background jobs of a shell ignore SIGINT, tests among them, and a script cannot trap what it inherits
-                # as ignored.
+                # A test may itself run in the background of a shell, where SIGINT is ignored, and a script cannot trap
+                # a signal that it inherits as ignored.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )
@@ -79,9 +79,9 @@ def test_every_combination_runs_once(sweep, tmp_path):
     code, out, err = finish(sweep(f"{arguments} --jobs 4 -- --configs tiny"))
     assert (code, err) == (0, "")
     keys = ("--task", "--seed", "--nomlr", "--nosimsr", "--mask_ratio", "--block_size")
-    found = {tuple(options.get(key) for key in keys) for options in started(tmp_path)}
+    runs = {tuple(options.get(key) for key in keys) for options in started(tmp_path)}
     methods = [(None,) * 4, ("True", None, None, None), ("True", "True", None, None), (None, None, "0.3", "2")]
-    assert found == {(task, seed, *m) for task in ("a_b", "gym_m:X/Y-v0") for seed in "01" for m in methods}
+    assert runs == {(task, seed, *m) for task in ("a_b", "gym_m:X/Y-v0") for seed in "01" for m in methods}
     assert len(started(tmp_path)) == 16 and {o["--configs"] for o in started(tmp_path)} == {"tiny"}
     assert "/my runs/gym_m_X_Y-v0/mask_ratio=0.3+block_size=2/1" in out
     assert [line.split()[:3] for line in out.splitlines()[1:]] == [["finished", "60", "-12.5"]] * 16
@@ -90,7 +90,19 @@ def test_every_combination_runs_once(sweep, tmp_path):
     assert finish(sweep("--tasks a_b -- --configs tiny --steps 9"))[0] == 0 and len(started(tmp_path)) == 17
 
 
-def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(sweep, tmp_path):
+def test_methods_by_name(sweep, tmp_path):
+    """Every value of --method, alone and joined with options and ablations."""
+    names = ["hrssm", "dreamer", "rssm", "repo", "r2dreamer", "infonce"]
+    code, _, err = finish(sweep(f"--tasks t --jobs 8 --methods {','.join(names)},repo+mask_ratio=0.3,full+nomlr"))
+    assert (code, err) == (0, "")
+    keys = ("--method", "--mask_ratio", "--nomlr")
+    runs = {tuple(options.get(key) for key in keys) for options in started(tmp_path)}
+    expected = {(name, None, None) for name in names} | {("repo", "0.3", None), (None, None, "True")}
+    assert runs == expected
+    assert (tmp_path / "my runs/t/dreamer/0/sweep.done").exists()
+
+
+def test_a_failed_run_does_not_stop_the_others_and_is_retried(sweep, tmp_path):
     code, out, _ = finish(sweep("--tasks t --seeds 13,1"))
     assert code == 1
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["failed", "error:", "finished"]
@@ -98,7 +110,7 @@ def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(sweep, tmp_pat
     assert [o["--seed"] for o in started(tmp_path)] == ["13", "1", "13"]
 
 
-def test_only_so_many_at_a_time_and_two_sweeps_share(sweep, tmp_path):
+def test_number_of_jobs_and_two_sweeps_sharing_the_work(sweep, tmp_path):
     both = [sweep("--tasks t --seeds 0,1,2,3 --jobs 1 -- --sleep 1.2") for _ in range(2)]
     assert [finish(process)[0] for process in both] == [0, 0]
     assert sorted(o["--seed"] for o in started(tmp_path)) == ["0", "1", "2", "3"]
@@ -109,7 +121,7 @@ def test_only_so_many_at_a_time_and_two_sweeps_share(sweep, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(sweep, tmp_path, number):
+def test_an_interrupted_sweep_stops_its_runs_and_resumes_later(sweep, tmp_path, number):
     process = sweep("--tasks t --seeds 0,1 -- --sleep 30")
     deadline = time.monotonic() + 60
     while not (tmp_path / "my runs/t/full/0/metrics.jsonl").exists():
@@ -135,7 +147,7 @@ SLURM = Path(__file__).resolve().parents[1] / "setup" / "slurm.sh"
     [(0, 0, "0 dmc_a 0"), (3, 143, "0 gym_b:X/Y-v0 1 requeue 7_3"), (1, 2, "2 dmc_a 1"), (4, 0, "2"), ("", 0, "1")],
 )
 def test_slurm_array(tmp_path, number, code, expected):
-    """With stand-ins for what Slurm brings: a stopped run is requeued, a failed one is not, a finished one is over."""
+    """With stand-ins for Slurm's commands: a stopped run is requeued; a failed or finished one is not."""
     stand_ins = {
         "srun": f'while [ "$1" != --task ]; do shift; done; echo "$2 $4" >> {tmp_path}/log; exit {code}',
         "scontrol": f'echo "$@" >> {tmp_path}/log',
@@ -158,6 +170,9 @@ def test_slurm_array(tmp_path, number, code, expected):
         "": "--tasks is missing",
         "--tasks t --methods foo": "unknown method 'foo'",
         "--tasks t --methods full,=3": "unknown method '=3'",
+        "--tasks t --methods dreamer+": "unknown method 'dreamer+'",
+        "--tasks t --methods dreamer++nomlr": "unknown method 'dreamer++nomlr'",
+        "--tasks t --methods dreamerv3": "unknown method 'dreamerv3'",
         "--tasks t --seeds a": "--seeds takes numbers",
         "--tasks t --jobs 0": "--jobs takes a number",
         "--tasks t --mask_ratio 3": "unknown option --mask_ratio",

@@ -249,6 +249,14 @@ def dots(tmp_path):
         run.close()
 
 
+def learn_from(run: dreamer.Run, batch: dict) -> None:
+    """One update, with the given batch."""
+    drawn, run.replay.batches = run.replay.batches, lambda count: iter([batch] * count)
+    run.learner.owed = 1
+    assert run.learner.learn(run.step)
+    run.replay.batches = drawn
+
+
 def test_nan_stops_the_run_and_keeps_the_batch(dots):
     _, run, logdir = dots
     before = (logdir / "latest.pt").read_bytes()
@@ -268,15 +276,15 @@ def test_nan_stops_the_run_and_keeps_the_batch(dots):
 
 def test_nan_can_be_skipped(dots, capsys):
     start, run, logdir = dots
-    run.config.on_nan = "skip"
-    batch, before = run.replay.sample(), copy.deepcopy(run.learned())
-    dreamer.update(run, batch | {"reward": batch["reward"] * np.inf}, [])
-    assert_same(run.learned(), before)
+    run.learner.undo = True
+    batch, before = run.replay.sample(), copy.deepcopy(run.learner.state_dict())
+    learn_from(run, batch | {"reward": batch["reward"] * np.inf})
+    assert_same(run.learner.state_dict(), before)
     assert run.count["skipped"] == 1 and "simsr_loss" in capsys.readouterr().err
-    dreamer.update(run, batch, [])
+    learn_from(run, batch)
     assert run.count["skipped"] == 1 and run.agent.actor_critic.updates > 0
     weight = "world_model.reward_head.out.weight"
-    assert not torch.equal(run.learned()["agent"][weight], before["agent"][weight])
+    assert not torch.equal(run.learner.state_dict()["agent"][weight], before["agent"][weight])
     run.write()
     assert read_rows(logdir)[-1]["skipped"] == 1 and np.isfinite(read_rows(logdir)[-1]["loss/model_loss"])
 
@@ -284,9 +292,9 @@ def test_nan_can_be_skipped(dots, capsys):
 def test_nan_in_the_very_first_update_can_be_skipped(tmp_path):
     run = start_in_process(DOT + " --on_nan skip", tmp_path)
     dreamer.train(run, lambda: run.count["policy_step"] == 20)
-    batch, before = run.replay.sample(), copy.deepcopy(run.learned())
-    dreamer.update(run, batch | {"reward": batch["reward"] * np.nan}, [])
-    assert_same(run.learned(), before)
+    batch, before = run.replay.sample(), copy.deepcopy(run.learner.state_dict())
+    learn_from(run, batch | {"reward": batch["reward"] * np.nan})
+    assert_same(run.learner.state_dict(), before)
     run.close()
 
 
@@ -313,7 +321,7 @@ def test_damaged_running_episodes_end_there(dots, capsys):
     (path,) = {logdir / "replay" / file for file, _, _ in state["replay"]["episodes"] if file.startswith("running")}
     path.write_bytes(path.read_bytes()[:100])
     again = start()
-    assert path.name in capsys.readouterr().err and not again.replay.open and again.live[0].all()
+    assert path.name in capsys.readouterr().err and not again.replay.open and again.rollout.over.all()
     dreamer.train(again, lambda: again.count["policy_step"] >= run.count["policy_step"] + 4)
     assert [len(slots) for slots in again.replay.episodes.values()] == [9, 9, 3, 3]
 
@@ -380,8 +388,9 @@ def test_evaluate_only(trained):
 def test_open_loop_of_a_finished_run(trained, tmp_path, capsys):
     before = (trained / "latest.pt").read_bytes()
     assert openloop.main([str(trained), "--updates", "3", "--out", str(tmp_path / "o.png")]) == 0, capsys.readouterr()
-    # Every fifth of 20 rows; truth, model and error of 32 x 32 pixels
-    assert Image.open(tmp_path / "o.png").size == (4 * 32, 3 * 32) and (tmp_path / "o.mp4").exists()
+    # Every fifth of 20 rows; truth, model and error of 32 x 32 pixels, enlarged four times and labelled
+    width, height = Image.open(tmp_path / "o.png").size
+    assert 4 * 128 < width < 5 * 128 and 3 * 128 < height < 4 * 128 and (tmp_path / "o.mp4").exists()
     assert (trained / "latest.pt").read_bytes() == before
     assert openloop.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Lets SAPIEN (the rms_* and ms_* tasks) render without a GPU: Mesa's CPU driver for Vulkan, and our layer, which takes off
-# SAPIEN's list an extension that this driver may lack. Where a Vulkan driver of NVIDIA is installed, neither is needed.
+# Lets SAPIEN (the rms_* and ms_* tasks) render without a GPU: installs Mesa's Vulkan driver for the CPU and a layer of ours
+# that removes an extension, which this driver may lack, from those SAPIEN requires. With NVIDIA's Vulkan driver neither
+# is needed.
 #
 #   setup/vulkan/install.sh [FOLDER]    # the Python environment that will use it; default: .venv of the repository
 #
-# envs/maniskill.py enables the layer when it finds it there.
+# envs/maniskill.py enables the layer if it is installed in that environment.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
@@ -15,7 +16,7 @@ nvidia() { compgen -G '/etc/vulkan/icd.d/nvidia*' || compgen -G '/usr/share/vulk
 
 [[ $(/sbin/ldconfig -p) == *libvulkan.so.1* ]] || packages+=(libvulkan1)
 if ! nvidia; then
-  # Debian 12 itself has 22.3, which SAPIEN refuses. Alone from the backports: the drivers for OpenGL stay as they are.
+  # Debian 12 ships 22.3, which SAPIEN rejects. Only this package comes from backports; the OpenGL drivers stay.
   release=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
   version=$(dpkg-query -W -f '${Version}' mesa-vulkan-drivers 2>/dev/null || true)
   if ! dpkg --compare-versions "${version:-0}" ge 23; then
@@ -30,7 +31,7 @@ if nvidia; then
 fi
 
 if ! command -v gcc >/dev/null || [ ! -e "$header" ] || ! compgen -G '/usr/share/vulkan/icd.d/lvp_icd*' >/dev/null; then
-  echo "Vulkan's CPU driver or what its layer is built with is missing, run: sudo $here/install.sh $environment" >&2
+  echo "Vulkan's CPU driver, or what the layer is built with, is missing, run: sudo $here/install.sh $environment" >&2
   exit 1
 fi
 layers=$environment/share/vulkan/explicit_layer.d

@@ -89,8 +89,8 @@ def ours(config) -> dict:
     times = {}
     if config.part == "loop":
         gate, run = Gate(config.turn), dreamer.Run(config, Path(config.logdir), device)
-        step = run.train_envs.step_async
-        run.train_envs.step_async = lambda action: (step(action), gate())
+        send = run.rollout.send
+        run.rollout.send = lambda action: (send(action), gate())
         dreamer.train(run, lambda: False)
     act_space = gymnasium.spaces.Box(-1, 1, (ACTIONS,))
     agent = dreamer.make_agent(config, gymnasium.spaces.Dict(spaces(config.size)), act_space, device)
@@ -102,7 +102,7 @@ def ours(config) -> dict:
         for t in range(EPISODE):
             replay.add({key: value[t : t + 1] for key, value in rows.items()})
     agent.speed_up(config.compile)
-    if agent.learn == agent._learn:  # parts of a CUDA graph cannot be timed
+    if not isinstance(agent.update, tools.CudaGraphs):  # parts of a CUDA graph cannot be timed
         agent.world_model.update = timed(times, "world model", agent.world_model.update)
         agent.actor_critic.update = timed(times, "actor-critic", agent.actor_critic.update)
     obs = {key: value[: config.envs] for key, value in rows.items() if key not in ("action", "reward")}
