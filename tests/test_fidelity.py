@@ -204,15 +204,9 @@ def test_five_updates_equal_upstream(variant, precision, monkeypatch):
     assert_equal_run(replica, oracle[precision], limits, gradients=not peaked or precision == "f64")
 
 
-def skip_unless_known(method: str) -> None:
-    if method != "hrssm" and not hasattr(tools.load_config([]), "method"):
-        pytest.skip("there is no --method")
-
-
 @pytest.mark.parametrize("variant", BASELINES)
 def test_baselines_equal_their_originals(variant, precision, monkeypatch):
     method = variant.split("_")[0]
-    skip_unless_known(method)
     oracle = load(f"{variant}.pt", "oracle_baselines")
     fix_draws(monkeypatch, oracle["noise"])
     state, batch = (load(oracle[f"{what}_file"], "oracle_baselines") for what in ("state", "batch"))
@@ -224,7 +218,6 @@ def test_baselines_equal_their_originals(variant, precision, monkeypatch):
 def test_updates_equal_the_recordings_in_the_repository(path, precision, monkeypatch):
     recording = formula.read(path)
     config, method = recording["config"], recording["method"]
-    skip_unless_known(method)
     fix_draws(monkeypatch, formula.NOISE)
     state = {name: formula.weight(name, shape) for name, shape in recording["shapes"].items()}
     batch = formula.batch(config["num_actions"], config["actor_dist"] == "onehot", recording["vectors"])

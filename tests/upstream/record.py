@@ -195,7 +195,10 @@ class Checkout(NamedTuple):
 def open_checkout(root):
     """Import the checkout `root` and recognise which of the two repositories it is."""
     script, presets = import_upstream(root), read_presets(root)
-    origin = ORIGINS["hrssm" if "mask_ratio" in presets["defaults"] else "dreamer"]
+    options = presets["defaults"].keys()
+    if "actor_dist" not in options:
+        sys.exit(f"error: {root} is another version of dreamerv3-torch: check out commit 49d12ba")
+    origin = ORIGINS["hrssm" if "mask_ratio" in options else "dreamer"]
     commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return Checkout(script, presets, origin, f"{origin.repository} {commit or 'of unknown commit'}")
 
