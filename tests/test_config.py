@@ -329,7 +329,7 @@ def test_whole_numbers_only(value):
         ("--act Foo", "--act takes SiLU, ReLU, "),
         ("--encoder.act silu", "--encoder.act takes SiLU, ReLU, "),
         ("--encoder.cnn_keys (", "--encoder.cnn_keys takes a regular expression, not '(': missing )"),
-        ("--grad_heads reward,decoder", "--grad_heads takes reward, cont, not 'decoder'"),
+        ("--grad_heads reward,image", "--grad_heads takes reward, cont, decoder, not 'image'"),
         ("--augmentation crop", "--augmentation takes none, intensity, affine, blur, shift, not 'crop'"),
         ("stray", "unexpected argument 'stray'"),
         ("-s 1", "unexpected argument '-s'"),
