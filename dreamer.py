@@ -208,7 +208,7 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
     if method not in METHODS:
         raise ValueError(f"unknown --method {method!r}: {tools.did_you_mean(method, METHODS)}")
     make_representation, make_kl_term = METHODS[method]
-    actions = int(act_space.n) if discrete else act_space.shape[0]
+    actions = int(act_space.n) if isinstance(act_space, gymnasium.spaces.Discrete) else act_space.shape[0]
     # The agent must not see the picture without distraction; only the probe learns to draw it.
     shapes = {key: space.shape for key, space in obs_space.items() if key != "clean_image"}
     bf16 = config.precision == 16

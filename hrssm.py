@@ -96,7 +96,7 @@ def _affine(x: Tensor) -> Tensor:
     cos, sin = angle.cos() / scale, angle.sin() / scale
     matrix = torch.stack([cos, cos * shear - sin, dx, sin, sin * shear + cos, dy], -1).reshape(-1, 2, 3)
     x = x.permute(0, 3, 1, 2)
-    return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False).permute(
+    return F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), align_corners=False).permute(
         0, 2, 3, 1
     )
 

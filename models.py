@@ -17,8 +17,9 @@ are 0-d tensors that stay on the device.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,6 +61,9 @@ def frozen(*modules: nn.Module):
             parameter.requires_grad_(True)
 
 
+Metrics = dict[str, Tensor | float]
+
+
 def tensor_stats(name: str, x: Tensor) -> dict[str, Tensor]:
     x = x.detach()
     return {f"{name}_mean": x.mean(), f"{name}_std": x.std(), f"{name}_min": x.min(), f"{name}_max": x.max()}
@@ -77,10 +81,10 @@ class FreeBits(nn.Module):
         self.rep_scale = rep_scale
         self.kl_free = kl_free
 
-    def forward(self, dyn: Tensor, rep: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, dyn: Tensor, rep: Tensor) -> tuple[dict[str, Tensor], Metrics]:
         """Weighted losses and metrics from KL(sg(post) || prior) and KL(post || sg(prior)), both (B,T) in nats."""
         rep_loss, dyn_loss = rep.clamp(min=self.kl_free).mean(), dyn.clamp(min=self.kl_free).mean()
-        metrics = {"kl_free": self.kl_free, "dyn_scale": self.dyn_scale, "rep_scale": self.rep_scale}
+        metrics: Metrics = {"kl_free": self.kl_free, "dyn_scale": self.dyn_scale, "rep_scale": self.rep_scale}
         metrics |= {"dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach()}
         return {"dyn": self.dyn_scale * dyn_loss, "rep": self.rep_scale * rep_loss}, metrics
 
@@ -103,11 +107,11 @@ class KLConstraint(nn.Module):
         self.log_beta = nn.Parameter(torch.tensor(beta_init, dtype=torch.get_default_dtype()).log())
         self.optimizer = tools.Optimizer("beta", [self.log_beta], lr=beta_lr, eps=1e-8, clip=0.0)
 
-    def forward(self, dyn: Tensor, rep: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, dyn: Tensor, rep: Tensor) -> tuple[dict[str, Tensor], Metrics]:
         """As `FreeBits.forward`."""
         dyn_loss, rep_loss, beta = dyn.mean(), rep.mean(), self.log_beta.detach().exp()
         kl = self.balance * dyn_loss + (1.0 - self.balance) * rep_loss
-        metrics = {"beta": beta, "dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach()}
+        metrics: Metrics = {"beta": beta, "dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach()}
         return {"kl": beta * (kl - self.target)}, metrics
 
     def after_update(self, kl: Tensor) -> dict[str, Tensor]:
@@ -251,7 +255,7 @@ class WorldModel(nn.Module):
     def device(self) -> torch.device:
         return self.reward_head.out.weight.device
 
-    def preprocess(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def preprocess(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
         """Fresh tensors on the model's device: uint8 images to [-0.5, 0.5], flags to bool, the rest to floats."""
         dtype, data = torch.get_default_dtype(), {}
         for key, value in batch.items():
@@ -305,7 +309,7 @@ class WorldModel(nn.Module):
         metrics |= self.optimizer.step(loss)
         metrics |= self.kl_term.after_update(metrics["kl"])
         self.representation.after_update()
-        return type(filtered)(*(x.detach() for x in filtered)), metrics
+        return type(filtered)(*(x.detach() for x in filtered)), metrics  # type: ignore[arg-type]
 
 
 # --- actor and critic -----------------------------------------------------------------------------------------------
@@ -313,6 +317,9 @@ class WorldModel(nn.Module):
 
 class ReturnNorm(nn.Module):
     """Running 5% and 95% quantiles of the returns; the scale is their distance, at least 1 (DreamerV3)."""
+
+    quantiles: Tensor
+    levels: Tensor
 
     def __init__(self, rate: float = 0.01):
         super().__init__()
@@ -350,6 +357,8 @@ class ActorCritic(nn.Module):
     the score function, 'both' mixes raw returns (share `imag_gradient_mix`) and the score function. As upstream, the
     latter two take returns that are not normalised, and the scored action keeps its gradient.
     """
+
+    updates: Tensor
 
     def __init__(
         self,
@@ -494,7 +503,7 @@ class ActorCritic(nn.Module):
     def update_slow_critic(self) -> None:
         """Move the slow critic if due. The count stays on the device, where a recorded update goes on counting."""
         if self.slow_critic is not None:
-            rate = self.slow_target_fraction
+            rate: float | Tensor = self.slow_target_fraction
             if self.slow_target_update > 1:
                 rate = rate * (self.updates % self.slow_target_update == 0)
             tools.ema_update(self.slow_critic, self.critic, rate)
@@ -565,7 +574,7 @@ ROBUSTNESS = ("denoising_factor", "action_agreement", "value_agreement")
 
 
 def measure_robustness(
-    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, Tensor], actions: Tensor
+    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, np.ndarray], actions: np.ndarray
 ) -> dict[str, float]:
     """`robustness` of an agent on what `envs.paired.render` returns, and `<name>_error`: jackknife errors over draws.
 
@@ -590,7 +599,7 @@ def robustness(latent: Tensor, action: Tensor, value: Tensor) -> dict[str, float
 
 @torch.no_grad()
 def encode_draws(
-    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, Tensor], actions: Tensor
+    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, np.ndarray], actions: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (K,S,F), actions (K,S,A) and values (K,S,1) for observations (K,E,T,...), with S = E*T, in float64.
 
@@ -608,7 +617,8 @@ def encode_draws(
     dist = dynamics.dist(state.logit)
     latent = state._replace(stoch=dist.log_probs.exp() if dynamics.classes else dist.mode).feat
     action, value = actor_critic.actor(state.feat).mode, actor_critic.critic(state.feat).mode
-    return tuple(x.reshape(draws, episodes * steps, -1).double() for x in (latent, action, value))
+    latent, action, value = (x.reshape(draws, episodes * steps, -1).double() for x in (latent, action, value))
+    return latent, action, value
 
 
 def denoising_factor(latent: Tensor) -> dict[str, float]:

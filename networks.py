@@ -223,6 +223,7 @@ def init_truncated(module: nn.Module) -> None:
 
 def init_uniform(module: nn.Module, scale: float) -> None:
     """Uniform of variance 2 scale / (fan_in + fan_out) for an output layer; scale 0 gives zeros."""
+    assert isinstance(module, nn.Linear | nn.ConvTranspose2d)
     fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(module.weight)
     if isinstance(module, nn.ConvTranspose2d):
         fan_in, fan_out = fan_out, fan_in
@@ -238,7 +239,8 @@ def join(parts: list[Tensor]) -> Tensor:
 
 def split_linear(blocks: nn.Sequential, sizes: list[int]) -> tuple[Tensor, ...]:
     """The first weight (units, sum(sizes)) cut by inputs: W [x; y] = W_x x + W_y y saves joining x and y."""
-    return blocks[0].weight.split(sizes, 1)
+    weight: Tensor = blocks[0].weight
+    return weight.split(sizes, 1)
 
 
 def dense_blocks(inputs: int, units: int, layers: int, act: str, norm: str) -> nn.Sequential:
@@ -359,8 +361,9 @@ class Encoder(nn.Module):
             )
         if self.image_shapes:
             size, channels = joint_image(self.image_shapes, "encoder")
-            options = {"depth": cnn_depth, "kernel": kernel_size, "minres": minres, "act": act, "norm": norm}
-            self.cnn = ConvEncoder((*size, channels), **options)
+            self.cnn = ConvEncoder(
+                (*size, channels), depth=cnn_depth, act=act, norm=norm, kernel=kernel_size, minres=minres
+            )
             self.outdim += self.cnn.outdim
         if self.vector_shapes:
             inputs = sum(shape[0] for shape in self.vector_shapes.values())
@@ -401,11 +404,16 @@ class ConvDecoder(nn.Module):
         self.depth = depth * 2 ** (stages - 1)
         self.linear = nn.Linear(features, minres**2 * self.depth)
         padding = math.ceil((kernel - 2) / 2)
-        layers, inputs = [], self.depth
+        layers: list[nn.Module] = []
+        inputs = self.depth
         for stage in reversed(range(stages)):
             outputs = depth * 2 ** (stage - 1) if stage else channels
-            pads = {"padding": padding, "output_padding": 2 * padding - (kernel - 2)}
-            layers.append(nn.ConvTranspose2d(inputs, outputs, kernel, stride=2, bias=not stage, **pads))
+            extra = 2 * padding - (kernel - 2)
+            layers.append(
+                nn.ConvTranspose2d(
+                    inputs, outputs, kernel, stride=2, padding=padding, output_padding=extra, bias=not stage
+                )
+            )
             if stage:
                 layers += [ChannelNorm(outputs, norm), getattr(nn, act)()]
             inputs = outputs
@@ -452,8 +460,16 @@ class Decoder(nn.Module):
         self.image_shapes, self.vector_shapes = select_keys(shapes, cnn_keys, mlp_keys)
         if self.image_shapes:
             size, channels = joint_image(self.image_shapes, "decoder")
-            options = {"depth": cnn_depth, "kernel": kernel_size, "minres": minres, "act": act, "norm": norm}
-            self.cnn = ConvDecoder(features, (*size, channels), sigmoid=cnn_sigmoid, **options)
+            self.cnn = ConvDecoder(
+                features,
+                (*size, channels),
+                depth=cnn_depth,
+                act=act,
+                norm=norm,
+                kernel=kernel_size,
+                minres=minres,
+                sigmoid=cnn_sigmoid,
+            )
         if self.vector_shapes:
             self.mlp = dense_blocks(features, mlp_units, mlp_layers, act, norm)
             inputs = mlp_units if mlp_layers else features
@@ -510,6 +526,7 @@ class ScalarHead(MLP):
     """
 
     BUCKETS = 255
+    buckets: Tensor
 
     def __init__(self, inputs: int, *, dist: str, layers: int, units: int, act: str, norm: str, outscale: float = 1.0):
         if dist not in ("symlog_disc", "normal", "binary"):
@@ -793,7 +810,8 @@ class RSSM(nn.Module):
 
     def kl(self, left: OneHot | Normal, right: OneHot | Normal) -> Tensor:
         """KL(left || right) of two `dist` in nats, summed over the latent groups, shape (...)."""
-        return left.kl(right).sum(-1) if self.classes else left.kl(right)
+        kl: Tensor = left.kl(right)  # type: ignore[arg-type]  # both are of one kind
+        return kl.sum(-1) if self.classes else kl
 
     def initial(self, lead: tuple[int, ...]) -> State:
         """The state before the first observation, of leading axes `lead`; gradients reach the learned part."""

@@ -21,12 +21,12 @@ import time
 import zipfile
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -489,7 +489,7 @@ def enable_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     # The default of this switch writes NaN to all new memory, which costs time and only serves to find bugs.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def rng_state() -> dict:
@@ -497,7 +497,7 @@ def rng_state() -> dict:
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": json.dumps(random.getstate()),
-        "numpy": json.dumps([kind, keys.tolist(), position, has_gauss, gauss]),
+        "numpy": json.dumps([kind, np.asarray(keys).tolist(), position, has_gauss, gauss]),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -741,9 +741,12 @@ class Optimizer:
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, rate: float | Tensor) -> None:
     """target <- rate * online + (1 - rate) * target, over all parameters; a `rate` on the device is not looked at."""
-    targets = list(target.parameters())
-    weights = [rate] * len(targets) if isinstance(rate, Tensor) else rate
-    torch._foreach_lerp_(targets, list(online.parameters()), weights)
+    targets: list[Tensor] = list(target.parameters())
+    values: list[Tensor] = list(online.parameters())
+    if isinstance(rate, Tensor):
+        torch._foreach_lerp_(targets, values, [rate] * len(targets))
+    else:
+        torch._foreach_lerp_(targets, values, rate)
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------
@@ -1104,7 +1107,7 @@ def save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
         stream = file.add_stream(codec, rate=fps)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))  # type: ignore[arg-type]
         file.mux(stream.encode())
 
 
@@ -1130,7 +1133,8 @@ class Logger:
         self.videos: dict[str, tuple[np.ndarray, int, int]] = {}
         self.returns: dict[str, float] = {}
         self.last: dict[str, float] = {}
-        self.opened, self.writer = False, None
+        self.opened = False
+        self.writer: Any = None  # TensorBoard's
         # disable=None: no bar where nobody watches a terminal.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", unit_scale=True, dynamic_ncols=True, disable=None)
 
@@ -1149,7 +1153,7 @@ class Logger:
         self.started = time.perf_counter()
         self.progress(self.step)
 
-    def scalars(self, values: dict[str, float | Tensor]) -> None:
+    def scalars(self, values: Mapping[str, float | Tensor]) -> None:
         """Add numbers and 0-d tensors to the averages of the next write. Tensors stay on their device until then."""
         tensors = {key: value.detach() for key, value in values.items() if isinstance(value, Tensor)}
         numbers = {key: float(value) for key, value in values.items() if key not in tensors}

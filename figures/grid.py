@@ -37,7 +37,7 @@ def draw(
         canvas.text((left - 2 * GAP, y + height // 2), label, "black", font, anchor="rm")
         for column, frame in enumerate(row):
             if frame is not None:
-                enlarged = Image.fromarray(frame).resize((width, height), Image.NEAREST)
+                enlarged = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
                 picture.paste(enlarged, (left + column * (width + GAP), y))
     if rule is not None:
         x = left + rule * (width + GAP) - GAP // 2
@@ -48,7 +48,7 @@ def draw(
 def open_loop(columns: np.ndarray, height: int) -> Image.Image:
     """A labelled open-loop strip from every fifth frame (n, rows * height, W, 3); the four or three parts are rows."""
     labels = ["observed", "truth", "model", "error"][4 - columns.shape[1] // height :]
-    rows = [columns[:, i * height : (i + 1) * height] for i in range(len(labels))]
+    rows = [list(columns[:, i * height : (i + 1) * height]) for i in range(len(labels))]
     steps = [EVERY * i for i in range(len(columns))]
     titles = [f"{'seen' if t < CONTEXT else 'imagined'} t={t}" for t in steps]
     return draw(rows, labels, titles, rule=CONTEXT // EVERY if steps[-1] >= CONTEXT else None)
