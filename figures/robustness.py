@@ -97,7 +97,7 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], pictures: dict[str, np.ndarray]) -> plot.plt.Figure:
     """One state under all draws (K,H,W,C) of each task; below, bars of every measure by task and run."""
-    measures = [name for name in MEASURES if any(name in row for row in rows)]
+    measures = [name for name in MEASURES if any(np.isfinite(row.get(name, np.nan)) for row in rows)]
     runs = list(dict.fromkeys(row["run"] for row in rows))
     trained = [run for run in runs if not run.endswith(" untrained")]
     per_row = min(len(pictures), 3)

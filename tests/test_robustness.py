@@ -110,9 +110,10 @@ def test_picture():
     rows = []
     for run, name in itertools.product(("log/a/0", "log/b/0"), ("", " untrained")):
         numbers = dict.fromkeys(models.ROBUSTNESS, 0.5) | {f"{key}_ci": 0.1 for key in models.ROBUSTNESS}
-        rows.append({"run": run + name, "task": TASK} | numbers)
+        rows.append({"run": run + name, "task": TASK} | numbers | {"value_agreement": np.nan})
     figure = robustness.draw(rows, {TASK: np.zeros((4, 32, 32, 3), np.uint8)})
     *_, bars = figure.subfigs[1].axes
+    assert len(figure.subfigs[1].axes) == 2  # the value agreement of a constant value is NaN
     styles = {(bar.get_facecolor(), bar.get_hatch()) for bar in bars.patches}
     assert len(styles) == 4 and len(bars.collections) == 4
     labels = [text.get_text() for text in figure.subfigs[1].legends[0].get_texts()]
