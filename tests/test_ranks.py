@@ -17,18 +17,28 @@ from tests.helpers import ROOT, make_agent, make_batch
 ROWS = 4
 
 
-def learn(part: slice) -> dict:
-    """Metrics and changed weights of two updates on rows `part` of a fixed batch, all chance replaced."""
+METHODS = {
+    "hrssm": [],
+    "dreamer": ["--decoder.cnn_depth", "4"],
+    "repo": ["--kl_target", "0.5", "--beta_init", "0.1", "--beta_lr", "0.01"],
+    "r2dreamer": [],
+    "infonce": [],
+}
+
+
+def learn(part: slice) -> dict[str, dict]:
+    """By method: metrics and changed weights of two updates on rows `part` of a fixed batch, all chance replaced."""
     networks.draw_onehot = lambda probs: torch.nn.functional.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs)
     networks.draw_normal = hrssm.draw_normal = torch.zeros_like
-    agent = make_agent("--precision", "32")
     batch = make_batch(rows=ROWS, resets=[(row, row) for row in range(ROWS)])
     mask = torch.rand(8, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.5
-    metrics = [agent.update({key: value[part] for key, value in batch.items()}, mask) for _ in range(2)]
-    return {
-        "metrics": [{key: float(value) for key, value in m.items()} for m in metrics],
-        "weights": {key: value.clone() for key, value in agent.state_dict().items() if isinstance(value, torch.Tensor)},
-    }
+    results = {}
+    for method, argv in METHODS.items():
+        agent = make_agent("--method", method, *argv)
+        metrics = [agent.update({key: value[part] for key, value in batch.items()}, mask) for _ in range(2)]
+        weights = {key: value.clone() for key, value in agent.state_dict().items() if isinstance(value, torch.Tensor)}
+        results[method] = {"metrics": [{k: float(v) for k, v in m.items()} for m in metrics], "weights": weights}
+    return results
 
 
 def as_rank(rank: int, address: str, folder: str) -> None:
@@ -52,16 +62,19 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path):
         torch.set_default_dtype(before[0])
         networks.draw_onehot, networks.draw_normal = before[1:]
         hrssm.draw_normal = before[2]
-    for step, expected in enumerate(whole["metrics"]):
-        for name, value in expected.items():
-            found = [part["metrics"][step][name] for part in (first, second)]
-            if name.endswith("_loss"):
-                np.testing.assert_allclose(np.mean(found), value, rtol=1e-9, atol=1e-12, err_msg=name)
-            elif name.endswith("grad_norm") or name.startswith("EMA"):
-                np.testing.assert_allclose(found, value, rtol=1e-9, atol=1e-12, err_msg=name)
-    for key, value in whole["weights"].items():
-        assert torch.equal(first["weights"][key], second["weights"][key]), key
-        torch.testing.assert_close(first["weights"][key], value, rtol=1e-7, atol=1e-10, msg=key)
+    for method in METHODS:
+        for step, expected in enumerate(whole[method]["metrics"]):
+            for name, value in expected.items():
+                values = [part[method]["metrics"][step][name] for part in (first, second)]
+                if name.endswith("_loss"):
+                    np.testing.assert_allclose(
+                        np.mean(values), value, rtol=1e-9, atol=1e-12, err_msg=f"{method} {name}"
+                    )
+                elif name.endswith("grad_norm") or name.startswith("EMA") or name == "beta":
+                    np.testing.assert_allclose(values, value, rtol=1e-9, atol=1e-12, err_msg=f"{method} {name}")
+        for key, value in whole[method]["weights"].items():
+            assert torch.equal(first[method]["weights"][key], second[method]["weights"][key]), key
+            torch.testing.assert_close(first[method]["weights"][key], value, rtol=1e-7, atol=1e-10)
 
 
 def test_torchrun_trains_and_resumes(tmp_path):
