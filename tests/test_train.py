@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +229,54 @@ def test_learning_beside_the_environments(tmp_path):
     assert states[1]["rows"] != states[2]["rows"]
 
 
+@pytest.mark.parametrize("method", [name for name in dreamer.METHODS if name != "hrssm"])
+def test_every_method_resumes_bit_for_bit(method, tmp_path):
+    """Also the weight of RePo's constraint and its optimiser; one stop in the middle of the updates that are owed."""
+    states = []
+    for folder, stops in (("stopped", [lambda run: run.learner.updates == 3]), ("whole", [])):
+        logdir = tmp_path / folder
+        logdir.mkdir()
+        line = f"{DOT} --save_every 0 --steps 100 --pretrain 6 --method {method} --beta_init 0.1 --decoder.minres 2"
+        for stop in [*stops, lambda run: False]:
+            run = start_in_process(f"{line} --decoder.cnn_depth 2", logdir)
+            dreamer.train(run, lambda run=run, stop=stop: stop(run))
+            run.close()
+        states.append(final_state(logdir))
+    assert_same(*states)
+    assert ("beta" in states[0]["optimizers"]) == (method == "repo")
+
+
+def test_a_run_from_before_methods_goes_on(tmp_path, monkeypatch):
+    """tests/data/run_before_methods was written when the options were fewer and many tensors had other names."""
+    logdir = tmp_path / "log"
+    shutil.copytree(ROOT / "tests/data/run_before_methods", logdir)
+    before, saved = read_rows(logdir), json.loads((logdir / "config.json").read_text())["config"]
+    defaults = vars(tools.load_config([]))
+    config = SimpleNamespace(**defaults | saved | {"logdir": str(logdir), "steps": 300})
+    run, lock = dreamer.start(config, torch.device("cpu"), [])
+    try:
+        assert run.step == 280 and run.learner.updates == before[-1]["update"]
+        dreamer.train(run, lambda: False)
+    finally:
+        run.close()
+        os.close(lock)
+    after = read_rows(logdir)
+    assert after[: len(before)] == before and after[-1]["step"] > 300 and after[-1]["update"] > before[-1]["update"]
+    assert np.isfinite(after[-1]["eval/return"])
+    weights = tools.load_checkpoint(logdir / "latest.pt")["agent"]
+    assert not any("hybrid" in name or "rssm" in name for name in weights)
+    config.method = "dreamer"
+    with pytest.raises(tools.UserError, match="method was 'hrssm', now 'dreamer'"):
+        tools.check_config(config, logdir)
+
+
+def test_evaluating_a_run_from_before_methods(tmp_path, capsys):
+    saved = json.loads((ROOT / "tests/data/run_before_methods/config.json").read_text())["config"]
+    config = SimpleNamespace(**vars(tools.load_config([])) | saved)
+    assert dreamer.evaluate_only(config, ROOT / "tests/data/run_before_methods", torch.device("cpu")) == 0
+    assert config.task in capsys.readouterr().out
+
+
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
@@ -289,8 +338,9 @@ def test_nan_can_be_skipped(dots, capsys):
     assert read_rows(logdir)[-1]["skipped"] == 1 and np.isfinite(read_rows(logdir)[-1]["loss/model_loss"])
 
 
-def test_nan_in_the_very_first_update_can_be_skipped(tmp_path):
-    run = start_in_process(DOT + " --on_nan skip", tmp_path)
+@pytest.mark.parametrize("method", ["hrssm", "repo"])
+def test_nan_in_the_very_first_update_can_be_skipped(method, tmp_path):
+    run = start_in_process(f"{DOT} --on_nan skip --method {method}", tmp_path)
     dreamer.train(run, lambda: run.count["policy_step"] == 20)
     batch, before = run.replay.sample(), copy.deepcopy(run.learner.state_dict())
     learn_from(run, batch | {"reward": batch["reward"] * np.nan})
