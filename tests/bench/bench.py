@@ -1,14 +1,16 @@
 """Measure what this machine makes of the code. Prints medians and ratios; tests nothing.
 
     python tests/bench/bench.py update [--preset tiny]  an update and its parts, acting, drawing a batch, peak memory
+    python tests/bench/bench.py methods [--preset tiny]  an update of every --method beside that of hrssm
     python tests/bench/bench.py loop [--preset tiny]    wall-clock time of the whole training loop per policy step
     python tests/bench/bench.py scaling                 time of an update against batch size and length
     python tests/bench/bench.py envs                    per-step cost of every DMC variant
     python tests/bench/bench.py memory                  memory of four worker processes over twenty episodes
 
 With `--upstream HRSSM`, a checkout of github.com/bit1029public/HRSSM, its implementation takes turns with ours and
-ratios are printed (`envs` then needs xmltodict). `envs` and `memory` need asset sets: `python setup/download.py demo`
-makes some. Other options go to the configuration: `python tests/bench/bench.py update --device cuda --compile off`.
+ratios are printed (`envs` then needs xmltodict); so does an earlier commit of ours with `update --earlier CHECKOUT`.
+`envs` and `memory` need asset sets: `python setup/download.py demo` makes some. Other options go to the configuration:
+`python tests/bench/bench.py update --device cuda --compile off`.
 """
 
 import argparse
@@ -121,13 +123,13 @@ def bench_envs(args) -> None:
 class Program:
     """A process that runs `program.py`."""
 
-    def __init__(self, code: str, upstream: str, options: list[str], **settings):
+    def __init__(self, code: str, checkout: str | Path, options: list[str], **settings):
         config = vars(tools.load_config(options)) | settings
         command = [
             sys.executable,
             str(Path(__file__).with_name("program.py")),
             code,
-            upstream,
+            str(checkout),
             json.dumps(config),
         ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -155,16 +157,17 @@ def take_turns(programs: dict[str, Program], parts: list[str], rounds: int) -> d
     return {name: {key: float(np.median(values)) for key, values in times.items()} for name, times in found.items()}
 
 
-def show(title: str, found: dict[str, dict[str, float]], keys: list[str]) -> None:
-    reference = found.get("upstream")
-    columns = [*found, *(f"x {name}" for name in found if reference and name != "upstream")]
+def show(title: str, found: dict[str, dict[str, float]], keys: list[str], against: str = "upstream") -> None:
+    """A row of medians for each of `keys`, and how many times as long the program `against` takes."""
+    reference = found.get(against)
+    columns = [*found, *(f"x {name}" for name in found if reference and name != against)]
     print(f"{title:18}" + "".join(f"{column:>16}" for column in columns))
     for key in keys:
         if not all(key in times for times in found.values()):
             continue
         row = [f"{times[key]:16.1f}" for times in found.values()]
         if reference:
-            row += [f"{reference[key] / times[key]:16.2f}" for name, times in found.items() if name != "upstream"]
+            row += [f"{reference[key] / times[key]:16.2f}" for name, times in found.items() if name != against]
         print(f"{key:18}" + "".join(row), flush=True)
 
 
@@ -179,15 +182,35 @@ def device_settings(options: list[str]) -> dict:
 def bench_update(args) -> None:
     options = ["--configs", args.preset, *args.options]
     settings = device_settings(options) | {"part": "update"}
-    programs = {"float32": ("ours", {"precision": 32}), "bf16": ("ours", {"precision": 16})}
+    programs = {"float32": ("ours", tools.ROOT, {"precision": 32})}
+    if args.earlier:
+        programs["earlier"] = ("ours", args.earlier, {"precision": 32})
+    else:
+        programs["bf16"] = ("ours", tools.ROOT, {"precision": 16})
     if args.upstream:
-        programs["upstream"] = ("upstream", {})
-    programs = {
-        name: Program(code, str(args.upstream), options, **settings, **own) for name, (code, own) in programs.items()
-    }
+        programs["upstream"] = ("upstream", args.upstream, {})
+    programs = {name: Program(code, root, options, **settings, **own) for name, (code, root, own) in programs.items()}
     found = take_turns(programs, ["update", "act", "sample"], args.rounds)
     print(f"{args.preset} on {settings['device']}, {settings['threads']} threads, medians of {args.rounds}, ms (MiB)")
-    show("", found, ["update", "world model", "actor-critic", "act", "sample", "peak MiB"])
+    keys = ["update", "world model", "actor-critic", "act", "sample", "peak MiB"]
+    show("", found, keys, "earlier" if args.earlier else "upstream")
+
+
+def bench_methods(args) -> None:
+    """Two programs at a time, so that they fit into memory: hrssm and one other."""
+    options = ["--configs", args.preset, *args.options]
+    settings = device_settings(options) | {"part": "update"}
+    print(f"{args.preset} on {settings['device']}, {settings['threads']} threads, medians of {args.rounds}, ms (MiB)")
+    print(f"{'method':12}{'update':>10}{'hrssm':>10}{'ratio':>8}{'world model':>14}{'ratio':>8}{'peak MiB':>10}")
+    for method in (name for name in tools.read_options()[0]["method"].allowed if name != "hrssm"):
+        programs = {name: Program("ours", tools.ROOT, options, **settings, method=name) for name in (method, "hrssm")}
+        times, reference = take_turns(programs, ["update"], args.rounds).values()
+        ratios = [times[key] / reference[key] for key in ("update", "world model")]
+        print(
+            f"{method:12}{times['update']:10.1f}{reference['update']:10.1f}{ratios[0]:8.2f}"
+            f"{times['world model']:14.1f}{ratios[1]:8.2f}{times['peak MiB']:10.0f}",
+            flush=True,
+        )
 
 
 def bench_loop(args) -> None:
@@ -203,12 +226,15 @@ def bench_loop(args) -> None:
     }
     settings |= {"prefill": config.envs * 20, "eval_episode_num": 0, "eval_every": config.steps, "simple_log": True}
     with tempfile.TemporaryDirectory() as folder:
-        programs = {"in turn": ("ours", {"overlap": False}), "overlap": ("ours", {"overlap": True})}
-        if args.upstream:
-            programs["upstream"] = ("upstream", {})
         programs = {
-            name: Program(code, str(args.upstream), options, logdir=f"{folder}/{name}", **settings, **own)
-            for name, (code, own) in programs.items()
+            "in turn": ("ours", tools.ROOT, {"overlap": False}),
+            "overlap": ("ours", tools.ROOT, {"overlap": True}),
+        }
+        if args.upstream:
+            programs["upstream"] = ("upstream", args.upstream, {})
+        programs = {
+            name: Program(code, root, options, logdir=f"{folder}/{name}", **settings, **own)
+            for name, (code, root, own) in programs.items()
         }
         for _ in range(20 // turn + 2):  # prefill and the first updates
             for program in programs.values():
@@ -225,7 +251,7 @@ def bench_scaling(args) -> None:
     settings = device_settings(options) | {"part": "update"}
     print(f"{'batch x length':>16}{'ms':>10}{'us / step':>12}{'peak MiB':>10}")
     for batch, length in ((4, 32), (8, 32), (16, 32), (16, 64)):
-        program = Program("ours", "", options, **settings, batch_size=batch, batch_length=length)
+        program = Program("ours", tools.ROOT, options, **settings, batch_size=batch, batch_length=length)
         found = take_turns({"": program}, ["update"], args.rounds)[""]
         share = 1e3 * found["update"] / (batch * length)
         print(f"{f'{batch} x {length}':>16}{found['update']:10.0f}{share:12.0f}{found['peak MiB']:10.0f}", flush=True)
@@ -263,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         "update": bench_update,
+        "methods": bench_methods,
         "loop": bench_loop,
         "scaling": bench_scaling,
         "envs": bench_envs,
@@ -270,6 +297,7 @@ def main() -> None:
     }
     parser.add_argument("part", choices=parts)
     parser.add_argument("--upstream", type=lambda path: Path(path).resolve(), help="a checkout to compare with")
+    parser.add_argument("--earlier", type=lambda path: Path(path).resolve(), help="update: an earlier checkout of ours")
     parser.add_argument("--preset", default="dmc_vision", help="of configs.yaml")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--steps", type=int, default=60, help="steps of each environment")

@@ -1,6 +1,6 @@
 """Ours or upstream's program for `bench.py`, in a process of its own because the two share their modules' names.
 
-    python tests/bench/program.py CODE UPSTREAM CONFIG        CODE: ours | upstream; CONFIG: resolved options as JSON
+    python tests/bench/program.py CODE CHECKOUT CONFIG        CODE: ours | upstream; CONFIG: resolved options as JSON
 
 Reads the name of a part per line, runs it once and answers with a JSON line of milliseconds by name. As the part "loop"
 it trains, and goes on for some steps with every line.
@@ -18,7 +18,6 @@ import gymnasium
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 ACTIONS, EPISODE = 6, 250
 
 
@@ -78,8 +77,8 @@ class Gate:
         self.calls += 1
 
 
-def ours(config) -> dict:
-    sys.path.insert(0, str(ROOT))
+def ours(config, root: Path) -> dict:
+    sys.path.insert(0, str(root))
     import dreamer
     import tools
 
@@ -120,7 +119,7 @@ def theirs(config, root: Path) -> dict:
     gym = ModuleType("gym")
     gym.spaces, gym.Env = gymnasium.spaces, object
     sys.modules["gym"] = gym
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from upstream.envs import Wrapper
     from upstream.record import import_upstream
 
@@ -166,7 +165,7 @@ def main() -> None:
     config = SimpleNamespace(**json.loads(options))
     torch.set_num_threads(config.threads)
     sys.stdout = sys.stderr
-    parts = ours(config) if code == "ours" else theirs(config, Path(root))
+    parts = ours(config, Path(root)) if code == "ours" else theirs(config, Path(root))
     for line in sys.stdin:
         part, times = parts[line.strip()]
         times.clear()
