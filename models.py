@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tools
@@ -169,8 +168,9 @@ def infonce_loss(x: Tensor, y: Tensor) -> Tensor:
     Mean cross-entropy of the logits x_i . y_j with label i. With several ranks j runs over the batches of all. Gradient
     reaches `x` alone.
     """
-    logits = x @ tools.gather_ranks(y.detach()).T
-    return F.cross_entropy(logits, torch.arange(len(x), device=x.device) + tools.rank() * len(x))
+    y = y.detach()
+    # Not `F.cross_entropy`, which has no deterministic implementation on CUDA.
+    return ((x @ tools.gather_ranks(y).T).logsumexp(1) - (x * y).sum(1)).mean()
 
 
 class EmbeddingPrediction(Representation):

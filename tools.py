@@ -585,11 +585,6 @@ def gather_ranks(x: Tensor, gradient: bool = False) -> Tensor:
     return torch.cat(parts)
 
 
-def rank() -> int:
-    """Number of this process among those that train together."""
-    return dist.get_rank() if several_ranks() else 0
-
-
 def average_ranks(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all ranks."""
     if not several_ranks() or not tensors:
