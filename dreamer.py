@@ -162,7 +162,7 @@ class Agent(nn.Module):
         return metrics
 
     def load_state_dict(self, state: dict, *args, **kwargs):
-        """Also of a checkpoint written before tensors were renamed."""
+        """Accepts checkpoints written before tensors were renamed, too."""
         return super().load_state_dict(current_names(state), *args, **kwargs)
 
     def load_upstream(self, state: dict[str, Tensor]) -> int:
@@ -264,7 +264,7 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
             **tools.options_of(exploration.Plan2Explore, config, "disag", "expl"),
         )
     if config.video_pred_log:
-        # The draws of its weights must not change those of the run.
+        # Initialising the probe must not change the random draws of the run.
         with torch.random.fork_rng(devices=[]):
             probe = models.Probe(networks.Decoder(dynamics.feat_size, shapes, **config.decoder), model_optimizer)
     options = tools.options_of(Agent, config) | {"expl_until": config.expl_until // config.action_repeat}
@@ -272,7 +272,7 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
 
 
 def load_agent(agent: Agent, state: dict) -> None:
-    """Weights of a checkpoint of ours, from a run with or without a probe, which is left as it is."""
+    """Load the weights of our own checkpoint; the probe, which the run may lack, is left unchanged."""
     kept = {key: value for key, value in agent.state_dict().items() if key.startswith("probe.")}
     agent.load_state_dict({key: value for key, value in state.items() if not key.startswith("probe.")} | kept)
 
@@ -315,7 +315,7 @@ def env_options(config) -> dict:
 
 
 def eval_tasks(config) -> dict[str, str]:
-    """What is evaluated: a name for its metrics and the task string; the training task has the name ""."""
+    """Tasks to evaluate, by the name in their metrics; the training task has the name ""."""
     if not config.eval_task:
         return {"": config.task}
     trained, tasks = envs.parse_task(config.task), {}
@@ -434,7 +434,7 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
 
 
 def interval(metrics: dict[str, float]) -> tuple[float, float]:
-    """Where the mean return lies with 95% confidence: Student's t over episodes (no number from one episode)."""
+    """95% confidence interval of the mean return: Student's t over episodes; NaN for a single episode."""
     n, mean = metrics["episodes"], metrics["return"]
     if n < 2:
         return math.nan, math.nan
@@ -446,7 +446,7 @@ def interval(metrics: dict[str, float]) -> tuple[float, float]:
 
 
 def add_prefixes(metrics: dict) -> dict:
-    """Upstream's metric names, sorted into TensorBoard groups."""
+    """Add TensorBoard groups to upstream's metric names."""
 
     def group(name: str) -> str:
         return "loss" if name.endswith("_loss") else "opt" if name.endswith("_grad_norm") else "train"
@@ -455,9 +455,9 @@ def add_prefixes(metrics: dict) -> dict:
 
 
 class Learner:
-    """Does the updates that are owed to the collected experience, and checks each for NaN and infinity."""
+    """Owns the updates owed to the collected experience, and checks each for NaN and infinity."""
 
-    # A distribution over buckets gives a NaN reward a finite loss.
+    # The two-hot loss of a NaN reward is finite, so rewards are checked as well.
     EXTREMES = ("train/min_reward", "train/max_reward")
 
     def __init__(self, agent: Agent, replay: tools.Replay, logger: tools.Logger, config: SimpleNamespace):
@@ -496,7 +496,7 @@ class Learner:
                 self.logger.scalars(metrics)
             if before is None:
                 self.unchecked.append((step, self.updates, batch, watched, finite))
-                # Batches take memory, and on the CPU there is nothing to wait for.
+                # Kept batches take memory; on the CPU checking never waits.
                 if finite.device.type == "cpu" or len(self.unchecked) > 3:
                     self.check()
             if stopped():
@@ -538,15 +538,15 @@ class Learner:
 class Run:
     """Everything a training run consists of and a checkpoint restores.
 
-    Of several ranks each has an equal share of the environments, of replay and of every batch, and a folder of its own;
-    counters count for all of them. Rank 0 evaluates.
+    With several ranks, each has an equal share of the environments, of replay and of every batch, and its own folder;
+    counters are totals over all ranks. Rank 0 evaluates.
     """
 
     def __init__(self, config, logdir: Path, device: torch.device, rank: int = 0, ranks: int = 1):
         self.config, self.logdir, self.rank, self.ranks = config, logdir, rank, ranks
         self.checkpoint_path = logdir / "latest.pt"
         checkpoint = load_common_checkpoint(self.checkpoint_path, device)
-        # A resumed run continues with fresh episodes rather than repeating those of its start.
+        # A resumed run starts new episodes instead of repeating its first ones.
         resumed_at = checkpoint["count"]["policy_step"] if checkpoint else 0
         n = config.envs // ranks
         self.rollout = Rollout(make_envs(config, "train", resumed_at, n=n, first=rank * n))
@@ -558,7 +558,7 @@ class Run:
             tools.seed_everything(config.seed + rank)  # equal weights, other draws
         if ranks == 1:  # recorded communication between ranks is untried
             self.agent.speed_up(config.compile)
-        # A run cannot fill more than this, so a short one does not reserve the memory of a long one.
+        # A short run does not reserve memory that it cannot fill.
         frames = config.steps + config.eval_every + (config.prefill + 1) * config.action_repeat
         self.replay = tools.Replay(
             capacity=min(config.dataset_size, frames // config.action_repeat + config.envs) // ranks,
@@ -641,7 +641,7 @@ class Run:
         return action
 
     def receive(self, action: Tensor) -> None:
-        """The environments have carried out `action` (n,A): store what came of it, count it, log finished episodes."""
+        """Wait for the environments to carry out `action` (n,A); store and count the step, log finished episodes."""
         reward, lost, ended = self.rollout.receive()
         self.store(np.flatnonzero(~lost), action.cpu().numpy(), reward)
         self.policy_step += len(lost) * self.ranks
@@ -658,7 +658,7 @@ class Run:
         self.logger.progress(self.step)
 
     def evaluate(self, stopped: Callable[[], bool]) -> bool:
-        """Evaluate on every task and save; false if `stopped()` ended it, and the next one then begins anew."""
+        """Evaluate on every task and save; false if `stopped()` interrupted it and it has to start over."""
         self.learner.check()
         rng, results, agent = tools.rng_state(), {}, self.agent
         for name, vec in self.eval_envs.items():
@@ -685,7 +685,7 @@ class Run:
         return True
 
     def note_evaluation_state(self) -> None:
-        """Where the next evaluation begins, for the checkpoint: one that is cut short begins anew."""
+        """Keep the state of the evaluation environments for the checkpoint: an interrupted evaluation starts over."""
         ended = np.zeros(self.config.envs, bool)
         self.eval_states = {name: vec.state_dict(ended) for name, vec in self.eval_envs.items()}
 
@@ -756,7 +756,7 @@ class Run:
 
 
 def load_common_checkpoint(path: Path, device: torch.device) -> dict | None:
-    """The latest checkpoint that all ranks have: a kill may fall between their saves."""
+    """The latest checkpoint that all ranks have; a kill may come between their saves."""
 
     def steps(checkpoint: dict | None) -> Tensor:
         return tools.gather_ranks(torch.tensor([checkpoint["count"]["policy_step"] if checkpoint else -1]))
@@ -785,7 +785,7 @@ def train(run: Run, stopped: Callable[[], bool]) -> None:
         run.begin_episodes()
         overlap = False
         if run.policy_step >= run.prefill:
-            # The first updates may be many; they stay where they can be broken off, and some are left if they were.
+            # The first updates may be many, so they run where a stop can interrupt them; what is left is done later.
             overlap = run.config.overlap and learner.updates > 0 and not learner.owed
             learner.owe(run.policy_step)
             if not overlap and not learner.learn(run.step, at_once):
@@ -798,7 +798,7 @@ def train(run: Run, stopped: Callable[[], bool]) -> None:
         if run.trace is not None and learner.updates:
             run.trace.step()
         if overlap:
-            # Not to be broken off: the environments are ahead of what a checkpoint would hold.
+            # Not interruptible: the environments are already ahead of what a checkpoint would hold.
             learner.learn(run.step)
         run.receive(action)
     if not run.finished:
@@ -858,7 +858,7 @@ def start(config, device: torch.device, argv: list[str]) -> tuple[Run, int]:
     print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
     run = Run(config, logdir, device, rank, ranks)
     if rank == 0:
-        # Only now is it known that the options work; a mistyped one must not claim the folder.
+        # Written only now that the options are known to work: a mistyped one must not claim the folder.
         tools.save_config(config, logdir, argv)
     return run, lock
 
@@ -869,7 +869,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def note(number: int, _) -> None:
         if number == signal.SIGINT and received:
-            raise KeyboardInterrupt  # somebody does not want to wait
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
         received.append(number)
 
     argv = sys.argv[1:] if argv is None else argv

@@ -29,7 +29,7 @@ class Uniform:
 
 
 class Random(nn.Module):
-    """Uniform policy; for continuous actions over [-1, 1], the range every environment presents."""
+    """Uniform policy; continuous actions are drawn from [-1, 1], the range of every environment."""
 
     def __init__(self, actions: int, discrete: bool):
         super().__init__()
@@ -44,7 +44,7 @@ class Random(nn.Module):
 
 
 class Plan2Explore(nn.Module):
-    """Seek states on which an ensemble of one-step predictors disagrees (Sekar et al., 2020).
+    """Explore states where an ensemble of one-step predictors disagrees (Sekar et al., 2020).
 
     The ensemble regresses `target` ('stoch', 'deter' or 'feat' of the states where imagination begins, or 'embed'),
     `offset` steps ahead, from the posterior's features. Intrinsic reward: log of the standard deviation over the
@@ -197,7 +197,7 @@ class Rollout:
         return [self.over.tolist(), self.score.tolist(), self.length.tolist(), carry]
 
     def load_state_dict(self, state: list, running: np.ndarray) -> None:
-        """Go on with the episodes where `running` (n,) is true, once the environments are restored; others are over."""
+        """Continue the episodes where `running` (n,) is true, after the environments are restored; others are over."""
         _, score, length, carry = state
         self.obs = self.vec.observations()
         self.over = ~running

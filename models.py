@@ -43,13 +43,13 @@ from networks import (
 
 
 def autocast(reference: Tensor, enabled: bool) -> torch.autocast:
-    """bfloat16 for the products inside; parameters, norms, losses and statistics keep full precision."""
+    """bfloat16 matrix products inside; parameters, norms, losses and statistics keep full precision."""
     return torch.autocast(reference.device.type, torch.bfloat16, enabled=enabled)
 
 
 @contextlib.contextmanager
 def frozen(*modules: nn.Module):
-    """Gradients pass through these modules but none are collected for their parameters."""
+    """Gradients flow through these modules, but their parameters collect none."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -88,7 +88,7 @@ class FreeBits(nn.Module):
         return {"dyn": self.dyn_scale * dyn_loss, "rep": self.rep_scale * rep_loss}, metrics
 
     def after_update(self, kl: Tensor) -> dict[str, Tensor]:
-        """Called once after each optimiser step with the mean KL of before it."""
+        """Called once after each optimiser step with the mean KL from before it."""
         return {}
 
 
@@ -107,7 +107,7 @@ class KLConstraint(nn.Module):
         self.optimizer = tools.Optimizer("beta", [self.log_beta], lr=beta_lr, eps=1e-8, clip=0.0)
 
     def forward(self, dyn: Tensor, rep: Tensor) -> tuple[dict[str, Tensor], Metrics]:
-        """As `FreeBits.forward`."""
+        """Weighted losses and metrics, as in `FreeBits.forward`."""
         dyn_loss, rep_loss, beta = dyn.mean(), rep.mean(), self.log_beta.detach().exp()
         kl = self.balance * dyn_loss + (1.0 - self.balance) * rep_loss
         metrics: Metrics = {"beta": beta, "dyn_loss": dyn_loss.detach(), "rep_loss": rep_loss.detach()}
@@ -147,7 +147,7 @@ def barlow_twins_loss(x: Tensor, y: Tensor, off_diagonal: float) -> Tensor:
 
         sum_i (C_ii - 1)^2 + off_diagonal sum_{i != j} C_ij^2
 
-    With several ranks the batch is that of all. Gradient reaches `x` alone.
+    With several ranks the statistics cover all batches. Only `x` gets gradients.
     """
 
     def standardise(z: Tensor) -> Tensor:
@@ -165,8 +165,8 @@ def barlow_twins_loss(x: Tensor, y: Tensor, off_diagonal: float) -> Tensor:
 def infonce_loss(x: Tensor, y: Tensor) -> Tensor:
     """InfoNCE (van den Oord et al., 2018) of x and y (N,E): each x identifies its y among all of the batch.
 
-    Mean cross-entropy of the logits x_i . y_j with label i. With several ranks j runs over the batches of all. Gradient
-    reaches `x` alone.
+    Mean cross-entropy of the logits x_i . y_j with label i. With several ranks j runs over all batches. Only `x` gets
+    gradients.
     """
     y = y.detach()
     # Not `F.cross_entropy`, which has no deterministic implementation on CUDA.
@@ -200,7 +200,7 @@ class RedundancyReduction(EmbeddingPrediction):
 
 
 class InfoNCE(EmbeddingPrediction):
-    """Contrastive prediction of embeddings from projected features."""
+    """InfoNCE between projected features and embeddings."""
 
     def __init__(self, encoder: Encoder, dynamics: RSSM, *, infonce_scale: float = 1.0):
         super().__init__(encoder, dynamics)
@@ -434,7 +434,7 @@ class ActorCritic(nn.Module):
             entropy = policy.entropy()
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
             discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
-            # Serves both losses; each takes its gradient of its own parameters only.
+            # Shared by both losses; each optimiser only takes gradients of its own parameters.
             critic_out = self.critic.outputs(feat)
         value = self.critic.distribution(critic_out).mode.squeeze(-1)
         state_entropy = None
@@ -501,7 +501,7 @@ class ActorCritic(nn.Module):
         return metrics
 
     def update_slow_critic(self) -> None:
-        """Move the slow critic if due. The count stays on the device, where a recorded update goes on counting."""
+        """Move the slow critic if due. The counter is a tensor, so that a recorded update can count."""
         if self.slow_critic is not None:
             rate: float | Tensor = self.slow_target_fraction
             if self.slow_target_update > 1:
@@ -517,9 +517,9 @@ class ActorCritic(nn.Module):
 
 
 class Probe(nn.Module):
-    """A decoder on detached features, to look at what the latent holds. Nothing of it reaches the world model.
+    """A decoder on detached features that shows what the latent state contains; it does not affect the world model.
 
-    It learns to draw `clean_image` where the environment has it, else what was observed, from the states in which
+    It reconstructs `clean_image` if the environment provides it, else the observation, from the states in which
     imagination begins.
     """
 
@@ -541,11 +541,11 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def open_loop(self, world_model: WorldModel, batch: dict[str, Tensor], context: int = 10) -> Tensor:
-        """What the model expects to see: frames (B,T,H,W,C) uint8 of several pictures one above the other.
+        """Open-loop prediction: frames (B,T,H,W,C) uint8, with several pictures stacked vertically.
 
-        The model watches `context` steps of `batch` (B,T,*), then imagines the rest from the actions alone. From the
-        top: observed (if that is not the truth), truth, model, error (grey is none). Latents are modes, so there is
-        no randomness.
+        The model filters `context` steps of `batch` (B,T,*), then predicts the rest from the actions alone. From the
+        top: observed (if different from the truth), truth, model, error (grey means none). Latents are modes, so the
+        result is deterministic.
         """
         data, dynamics = world_model.preprocess(batch), world_model.dynamics
         # (B, T, E)

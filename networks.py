@@ -50,17 +50,17 @@ def symexp(x: Tensor) -> Tensor:
 
 
 def bound_action(action: Tensor) -> Tensor:
-    """Divide by max(1, |a|), elementwise, the divisor held constant: clips to [-1, 1] yet keeps a gradient outside."""
+    """a / max(1, |a|) with a detached divisor: bounded to [-1, 1], with gradients outside."""
     return action / action.detach().abs().clamp(min=1.0)
 
 
 def full(x: Tensor) -> Tensor:
-    """Back to the default dtype: autocast may have produced bfloat16, but losses and statistics keep full precision."""
+    """Cast back to the default dtype: losses and statistics keep full precision under autocast."""
     return x.to(torch.get_default_dtype())
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Over the last axis. On a CPU rows of a few classes take five times as long as columns do."""
+    """Softmax over the last axis. For few classes the CPU kernel is five times faster along the first axis."""
     if logits.is_cuda or logits.shape[-1] >= 8:
         return torch.softmax(logits, -1)
     return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1).contiguous()
@@ -70,7 +70,7 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 class OneHot:
-    """Categorical over one-hot vectors, `logits` (..., K); a share `unimix` of the mass is uniform.
+    """Categorical over one-hot vectors, `logits` (..., K), mixed with a uniform distribution of weight `unimix`.
 
     `log_prob` and `entropy` have shape (...). Samples carry straight-through gradients of the mixed probabilities; the
     mode carries those of the mixed log-probabilities (upstream's surrogates, kept).
@@ -89,7 +89,7 @@ class OneHot:
         return self._log_probs
 
     def detach(self) -> "OneHot":
-        """The same distribution, of which nothing is computed again."""
+        """The same distribution without gradients; nothing is recomputed."""
         other = OneHot.__new__(OneHot)
         other.logits, other.unimix = self.logits.detach(), self.unimix
         other.probs, other._log_probs = self.probs.detach(), self.log_probs.detach()
@@ -176,7 +176,7 @@ class TwoHot:
         above = torch.bucketize(x, self.buckets, right=True)
         low, high = (above - 1).clamp(0, last), above.clamp(0, last)
         gap_low, gap_high = (x - self.buckets[low]).abs(), (self.buckets[high] - x).abs()
-        # Out of range both indices are the end bucket; it then takes all the mass.
+        # Out of range both indices are the last bucket, which then takes all the mass.
         weight_low = torch.where(low == high, 1.0, gap_high / (gap_low + gap_high))
         log_low = self.log_probs.gather(-1, low.unsqueeze(-1)).squeeze(-1)
         log_high = self.log_probs.gather(-1, high.unsqueeze(-1)).squeeze(-1)
@@ -238,7 +238,7 @@ def join(parts: list[Tensor]) -> Tensor:
 
 
 def split_linear(blocks: nn.Sequential, sizes: list[int]) -> tuple[Tensor, ...]:
-    """The first weight (units, sum(sizes)) cut by inputs: W [x; y] = W_x x + W_y y saves joining x and y."""
+    """The first weight (units, sum(sizes)) split by inputs: W [x; y] = W_x x + W_y y avoids joining x and y."""
     weight: Tensor = blocks[0].weight
     return weight.split(sizes, 1)
 
@@ -306,12 +306,12 @@ class ConvEncoder(nn.Module):
         *layers, activation = self.layers
         for layer in layers:
             x = layer(x)
-        # (N, C', H', W') -> (..., C'*H'*W'); activated only then, as pixels and channels change places in memory
+        # (N, C', H', W') -> (..., C'*H'*W'); activated after the reshape, which changes the memory layout
         return activation(x.reshape(*image.shape[:-3], self.outdim))
 
 
 def select_keys(shapes: dict[str, tuple], cnn_keys: str, mlp_keys: str) -> tuple[dict, dict]:
-    """Image (3-D) and vector (1-D) entries of an observation whose names match the regular expressions at the start."""
+    """Image (3-D) and vector (1-D) entries of an observation whose names match the regular expressions (`re.match`)."""
     flags = ("is_first", "is_last", "is_terminal", "reward")
     shapes = {k: tuple(v) for k, v in shapes.items() if k not in flags and not k.startswith("log_")}
     images = {k: v for k, v in shapes.items() if len(v) == 3 and re.match(cnn_keys, k)}
@@ -433,7 +433,7 @@ class Decoder(nn.Module):
     """Features (..., F) -> dict of reconstructions: all images from one `ConvDecoder`, all vectors from one MLP trunk.
 
     `shapes` maps each key to its shape without leading axes. Raises ValueError when images differ in size.
-    `vector_dist` and `image_dist` accept upstream's values for what they are: 'symlog_mse' and 'mse'.
+    `vector_dist` and `image_dist` accept the only values that work upstream: 'symlog_mse' and 'mse'.
     """
 
     def __init__(
@@ -693,7 +693,7 @@ def stack_states(states: list[State], dim: int) -> State:
 
 
 def where_state(flag: Tensor, yes: State, no: State) -> State:
-    """Per entry: `yes` where `flag` (leading axes) is set, else `no`. Leading axes broadcast."""
+    """`yes` where `flag` (leading axes) is set, else `no`, for every field. Leading axes broadcast."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(flag.reshape(*flag.shape, *[1] * (b.dim() - flag.dim())), a, b)
@@ -843,7 +843,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, sample: bool = True) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
-        # Tracing (`fullgraph`) cannot follow gradients that are collected on the side.
+        # Tracing with `fullgraph` cannot follow the gradients that SequenceLinear collects.
         layers = self._step_layers(linear_layer if torch.compiler.is_compiling() else SequenceLinear)
         initial = self.initial(is_first.shape[:1])
         # What does not depend on the recurrence is computed for all steps at once.
@@ -859,7 +859,7 @@ class RSSM(nn.Module):
         return post, self.prior(post.deter, sample)
 
     def _filter_inputs(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
-        """What action and embedding add to their first layers, (..., H) each; needs no recurrence."""
+        """Contributions (..., H) of action and embedding to their first layers; independent of the recurrence."""
         action = torch.where(is_first.unsqueeze(-1), 0.0, action)
         return self._action_part(action, embed), self._embed_part(embed)
 
@@ -890,13 +890,13 @@ class RSSM(nn.Module):
         )
 
     def _action_part(self, action: Tensor, embed: Tensor | None) -> Tensor:
-        """Share of the action (and, if `shared`, of the embedding; zeros by default) in the input layer, (..., H)."""
+        """Contribution (..., H) of the action to the input layer, and of the embedding if `shared` (else zeros)."""
         _, weight, *rest = split_linear(self.input, self.input_sizes)
         part = F.linear(bound_action(action), weight)
         return part + F.linear(embed, rest[0]) if rest and embed is not None else part
 
     def _embed_part(self, embed: Tensor) -> Tensor:
-        """Share of the embedding in the posterior's first layer, (..., H)."""
+        """Contribution (..., H) of the embedding to the posterior's first layer."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
     def _recur(self, state: State, action_part: Tensor, layers: StepLayers) -> Tensor:

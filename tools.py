@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something the user can put right; the message is one line that says how."""
+    """An error the user can fix; the message is one line that says how."""
 
 
 def warn(message: str) -> None:
@@ -52,7 +52,7 @@ def warn(message: str) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that appears at `path` complete or not at all, also if the machine stops."""
+    """Write a file atomically: `path` is replaced only after the new content is synced to disk."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -60,7 +60,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        part.unlink(missing_ok=True)  # what does not fit should not fill the disk either
+        part.unlink(missing_ok=True)  # do not leave a full disk fuller
         raise
     os.replace(part, path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -72,7 +72,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Errors of the disk while a run's files are written become a UserError."""
+    """Turn disk errors while writing to `folder` into a UserError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -86,10 +86,11 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def lock(folder: Path) -> int:
-    """Make `folder` and claim it until the returned file descriptor is closed or the process ends, however.
+    """Create `folder` and lock it for this process. The lock is released when the returned file descriptor is closed
+    or the process exits for any reason.
 
-    Raises UserError if a live process has it, or if it cannot be written. Where the file system has no locks (some NFS)
-    it warns and goes on.
+    Raises UserError if another process holds the lock or the folder is not writable. On file systems without locks
+    (some NFS) it only warns.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +203,7 @@ def unflatten(flat: dict) -> dict:
 
 
 def convert(value, default, name: str):
-    """Read `value`, text or YAML, as the type of `default`: bool, int, float, str, a list of these, or None for str.
+    """Convert `value`, text or YAML, to the type of `default`: bool, int, float, str, a list of these; None means str.
 
     Integers may be written 1e3. Lists are separated by commas; an empty default makes a list of str. Raises UserError.
     """
@@ -232,7 +233,7 @@ def convert(value, default, name: str):
 
 
 def options_of(constructor: Callable, config, *prefixes: str) -> dict:
-    """The keyword arguments of `constructor` that `config` has an option for: `prefix_name`, else `name`."""
+    """Keyword arguments for `constructor`: the options of `config` named `prefix_name` or else `name`."""
     options = {}
     for name, parameter in inspect.signature(constructor).parameters.items():
         known = [option for option in (*(f"{prefix}_{name}" for prefix in prefixes), name) if hasattr(config, option)]
@@ -400,7 +401,7 @@ def help_text(options: dict[str, Option], presets: dict[str, Preset]) -> str:
 
 
 def git_state(folder: Path) -> dict:
-    """Commit of the checkout at `folder` and whether it has changes; both None without git."""
+    """Commit of the checkout at `folder` and whether it has uncommitted changes; both None without git."""
 
     def git(*args: str) -> str | None:
         try:
@@ -434,7 +435,7 @@ def read_config(logdir: Path) -> dict | None:
 
 
 def save_config(config: SimpleNamespace, logdir: Path, argv: list[str]) -> None:
-    """Write the resolved config to logdir/config.json and add this start to its list of runs. Raises UserError."""
+    """Write the resolved config to logdir/config.json and append this start to its list of runs. Raises UserError."""
     logdir = Path(logdir)
     saved = read_config(logdir) or {"runs": []}
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -454,12 +455,12 @@ def save_config(config: SimpleNamespace, logdir: Path, argv: list[str]) -> None:
 
 
 def check_config(config: SimpleNamespace, logdir: Path) -> None:
-    """Raise UserError with the differences if `logdir` holds a run of another configuration."""
+    """Raise UserError, listing the differences, if `logdir` holds a run with another configuration."""
     saved = read_config(logdir)
     if saved is None:
         return
     options, _ = read_options()
-    # Options that are younger than the run count as having been at their defaults.
+    # A run started before an option existed used its default.
     old = {key: option.default for key, option in options.items()} | flatten(saved["config"])
     new = flatten(vars(config))
     differences = [
@@ -484,16 +485,16 @@ def seed_everything(seed: int) -> None:
 
 
 def enable_deterministic() -> None:
-    """Same seed, same numbers, on CUDA too; operations that cannot comply raise an error."""
+    """Make results repeatable for a given seed, on CUDA too; operations without a deterministic version raise."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
-    # The default of this switch writes NaN to all new memory, which costs time and only serves to find bugs.
+    # By default torch then also fills new memory with NaN, which is slow and only helps debugging.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def rng_state() -> dict:
-    """State of the global generators of python, numpy and torch; loadable with `weights_only`."""
+    """State of the global random generators of python, numpy and torch; can be loaded with `weights_only`."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": json.dumps(random.getstate()),
@@ -508,16 +509,16 @@ def set_rng_state(state: dict) -> None:
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(json.loads(state["numpy"]))
     torch.set_rng_state(state["torch"].cpu())
-    # A run may move to a machine with other GPUs; it then goes on with the generators that it has there.
+    # On a machine with another number of GPUs the generators there keep their state.
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory instead of returning large blocks to the kernel and faulting them in again.
+    """Make glibc keep freed memory instead of returning large blocks to the kernel.
 
-    Activations are freed and allocated anew every update; keeping them made updates 1.15 times faster. Elsewhere than
-    on glibc this does nothing.
+    Activations are freed and reallocated every update; keeping their memory made updates 1.15 times faster. Without
+    glibc this does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -528,23 +529,23 @@ def keep_memory() -> None:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy to a GPU without waiting for it."""
+    """Move to `device`; copies to a GPU are asynchronous."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 numbers itself."""
+    """Whether the CPU has bfloat16 instructions."""
     return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def default_threads(workers_busy: int) -> int:
-    """Cores this process may use, less those that busy worker processes take; at least 1."""
+    """Number of cores available to this process minus those used by busy workers; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores - workers_busy)
 
 
 def start_trace(path: Path, steps: int) -> torch.profiler.profile:
-    """A profiler that writes `steps` steps, after two, to `path`, for perfetto.dev. Call its `step` after each."""
+    """A profiler that skips two steps and writes the next `steps` to `path`, for perfetto.dev; call its `step`."""
     trace = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
@@ -557,9 +558,9 @@ def start_trace(path: Path, steps: int) -> torch.profiler.profile:
 
 
 def start_ranks(device: torch.device) -> tuple[int, int]:
-    """Join the processes that torchrun started: the rank of this one and how many there are; (0, 1) without it."""
+    """Join the process group if torchrun started this process; returns rank and number of ranks, (0, 1) without it."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Long, because all wait while the first one evaluates.
+        # Long, because all ranks wait while rank 0 evaluates.
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=6))
         return dist.get_rank(), dist.get_world_size()
@@ -597,7 +598,7 @@ def average_ranks(tensors: list[Tensor]) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank; all must ask."""
+    """Whether `flag` is set on any rank; a collective call."""
     if not several_ranks():
         return flag
     flags = torch.tensor(float(flag))
@@ -609,9 +610,9 @@ def any_rank(flag: bool) -> bool:
 
 
 class Every:
-    """How often something is due: once at the first call, then every `every` steps. A period of 0 means never.
+    """Counts how often something is due: once at the first call, then every `every` steps; 0 means never.
 
-    Steps left over from a period count towards the next, so rates hold on average whatever the stride of `step`.
+    Remainders carry over to the next period, so the average rate is right for any stride of `step`.
     """
 
     def __init__(self, every: float):
@@ -652,7 +653,7 @@ class Once:
 
 
 class Until:
-    """True while `step` is below `until`, always if that is 0. Has no state."""
+    """True while `step` is below `until`; always true if `until` is 0. Stateless."""
 
     def __init__(self, until: int):
         self.until = until
@@ -676,8 +677,8 @@ OPTIMIZERS = {
 class Optimizer:
     """Backward pass, clipping of the global gradient norm, weight decay and step, in this order.
 
-    Parameters without gradient are left alone by all four. `clip` 0 means no clipping. `weight_decay` is the share of a
-    weight removed per update, whatever the learning rate.
+    Parameters without gradient are skipped. `clip` 0 means no clipping. `weight_decay` is the fraction of a weight
+    removed per update, independent of the learning rate.
     """
 
     def __init__(
@@ -698,7 +699,7 @@ class Optimizer:
     def step(self, loss: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
         """One update; returns the loss and the gradient norm before clipping, both 0-d tensors.
 
-        Only gradients of the own parameters are computed, whatever else the loss depends on.
+        Gradients are computed for this optimiser's parameters only.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=self.params, retain_graph=retain_graph)
@@ -735,7 +736,7 @@ class Optimizer:
 
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, rate: float | Tensor) -> None:
-    """target <- rate * online + (1 - rate) * target, over all parameters; a `rate` on the device is not looked at."""
+    """target <- rate * online + (1 - rate) * target for all parameters; a tensor `rate` is not synchronised."""
     targets: list[Tensor] = list(target.parameters())
     values: list[Tensor] = list(online.parameters())
     if isinstance(rate, Tensor):
@@ -791,7 +792,7 @@ class CudaGraphs:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be used without swapping; None where the system does not say."""
+    """Bytes available without swapping; None if unknown."""
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
@@ -799,26 +800,26 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-GPU_SHARE = 0.7  # of a GPU's free memory that replay may take
+GPU_SHARE = 0.7  # fraction of a GPU's free memory that replay may use
 
 
 class Replay:
-    """Episodes in one preallocated array per key, and the sampling distribution of upstream.
+    """Episodes in one preallocated array per key, sampled with upstream's distribution.
 
     An episode is a list of slots (row numbers of the arrays). Free slots form a queue, so the arrays are used as a ring
     and their memory is only touched as it fills. Two rules decide what is kept:
 
     - When an episode ends, episodes are visited from the newest to the oldest and kept while the sum of their
-      transitions (rows - 1) stays within `capacity`; one that does not fit is dropped and the walk goes on. Running
-      episodes count and are never dropped.
+      transitions (rows - 1) stays within `capacity`; one that does not fit is dropped, and older ones are still
+      considered. Running episodes count and are never dropped.
     - There are `capacity + extra_rows` slots, room for running episodes and the additional row of each episode. If
-      they run out before an episode ends, the oldest finished episode goes at once.
+      they run out before an episode ends, the oldest finished episode is dropped immediately.
 
-    A batch row starts in an episode drawn with probability proportional to its rows, at a uniform position other than
-    the last; it is filled up with the beginnings of episodes drawn in the same way. Episodes of one row do not count.
+    A batch row starts in an episode drawn with probability proportional to its length, at a uniform position other than
+    the last, and is completed with the beginnings of other episodes drawn so. Episodes of one row are ignored.
 
-    Batches come on `device`. If that is a GPU with room for all rows, they are kept there; otherwise in this machine's
-    memory, and the next batch is put together and copied over while the caller works on the last (`prefetch`).
+    Batches are on `device`. On a GPU with enough memory all rows are kept there; otherwise they stay in host memory, and
+    the next batch is assembled and copied while the caller uses the current one (`prefetch`).
     """
 
     def __init__(
@@ -836,7 +837,7 @@ class Replay:
         self.capacity, self.batch_size, self.batch_length = capacity, batch_size, batch_length
         self.num_envs, self.slots = num_envs, capacity + extra_rows
         self.device = torch.device(device)
-        # On the CPU the learner has all cores and a batch costs it little.
+        # On the CPU the learner uses all cores, and a batch is cheap.
         self.prefetch = self.device.type == "cuda" if prefetch is None else prefetch
         self.thread = ThreadPoolExecutor(1) if self.prefetch else None
         self.rng = np.random.default_rng(seed)
@@ -849,7 +850,7 @@ class Replay:
         self.saves, self.recent_files = 0, []
 
     def __len__(self) -> int:
-        """Rows stored."""
+        """Number of stored rows."""
         return sum(map(len, self.episodes.values()))
 
     @property
@@ -863,8 +864,8 @@ class Replay:
     def add(self, rows: dict[str, np.ndarray], env_ids: Iterable[int] | None = None) -> None:
         """Append one row (n, ...) to the running episode of each of n environments, by default of all.
 
-        Always the same keys; `is_first` (n,) opens a new episode. Floats are stored as float32; keys that begin with
-        `log_` are dropped. Raises UserError if the memory cannot be had.
+        Keys must not change; `is_first` (n,) starts a new episode. Floats are stored as float32; keys that begin with
+        `log_` are dropped. Raises UserError if there is not enough memory.
         """
         env_ids = range(self.num_envs) if env_ids is None else env_ids
         slots = []
@@ -877,7 +878,7 @@ class Replay:
         self._store(slots, rows)
 
     def end(self, env: int) -> None:
-        """The running episode of `env` is complete: make room for what comes. Implied by the next `is_first`."""
+        """Mark the running episode of `env` as complete and evict old ones. Implied by the next `is_first`."""
         if self.open.pop(env, None) is not None:
             self._evict()
 
@@ -887,14 +888,14 @@ class Replay:
             self._drop(number)
 
     def sample(self) -> dict[str, Tensor]:
-        """A batch of fresh tensors (B,T,*), dtypes as stored; `is_first` is also True where a row starts or is spliced.
+        """A batch of new tensors (B,T,*), dtypes as stored; `is_first` is also True where a row starts or is spliced.
 
         Raises UserError if no episode has two rows.
         """
         return self._gather(*self._draw())
 
     def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """As `count` calls of `sample`. Nothing may be added before the last one is out."""
+        """Like `count` calls of `sample`. Add nothing until the last batch is out."""
         if not self.prefetch:
             yield from (self.sample() for _ in range(count))
             return
@@ -905,15 +906,15 @@ class Replay:
                 coming = self.thread.submit(self._gather, *self._draw())
             try:
                 yield batch
-            except GeneratorExit:  # the caller stops early: what was drawn ahead is to be drawn again
+            except GeneratorExit:  # the caller stops early: undo the draw made ahead
                 self.rng.bit_generator.state = before
                 raise
 
     def _draw(self) -> tuple[np.ndarray, np.ndarray]:
-        """Slots (B,T) of a batch, and where a piece of an episode starts, (B,T) bool."""
+        """Slots (B,T) of a batch, and a mask (B,T) of where pieces of episodes start."""
         episodes = list(self.episodes.values())
         rows = np.fromiter(map(len, episodes), np.int64, len(episodes))
-        # To give episodes of one row no weight is the same as drawing again when one comes up.
+        # Zero weight for episodes of one row is equivalent to redrawing when one comes up.
         ends = np.cumsum(np.where(rows < 2, 0, rows))
         if not len(ends) or not ends[-1]:
             raise UserError("replay holds no transition yet: --prefill must be at least as large as --envs")
@@ -943,11 +944,11 @@ class Replay:
         return batch
 
     def save(self, folder: Path) -> dict:
-        """Write what is not on disk yet to `folder` and return the state for the checkpoint.
+        """Write episodes that are not on disk yet to `folder`; returns the state for the checkpoint.
 
-        Finished episodes go to one new file per save; running ones to another, as they may grow. Files that neither
-        this nor the two saves before it refer to are deleted, so the latest two checkpoints stay complete even if the
-        process dies before it has written the next.
+        Finished episodes go to one new file per save, running ones to another, since they may grow. Files that neither
+        this save nor the two before it refer to are deleted, so the two latest checkpoints stay complete even if the
+        process dies before the next one is written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -972,7 +973,7 @@ class Replay:
         }
 
     def load(self, folder: Path, state: dict) -> None:
-        """Restore an empty replay from `save`, running episodes included; damaged files cost a warning."""
+        """Restore an empty replay from `save`, including running episodes; damaged files are skipped with a warning."""
         assert not self.episodes, "load into an empty replay"
         self.saves, self.recent_files = state["saves"], state["recent_files"]
         self.rng.bit_generator.state = json.loads(state["rng"])
@@ -1059,7 +1060,7 @@ class Replay:
                 self.storage[key] = torch.zeros((self.slots, *shape), dtype=kind, device=self.device)
 
     def _write(self, folder: Path, name: str, numbers: list[int]) -> dict[int, tuple[str, int]]:
-        """Write episodes one after the other; returns where each starts."""
+        """Write episodes to one file; returns the file and first row of each."""
         if not numbers:
             return {}
         slots = torch.from_numpy(np.concatenate([self.episodes[number] for number in numbers]).astype(np.int64))
@@ -1091,7 +1092,7 @@ def encode_gif(frames: np.ndarray, fps: int) -> bytes:
 
 
 def save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
-    """H.264 file, or MPEG-4 where FFmpeg lacks the encoder, of uint8 frames (T,H,W,3)."""
+    """Write uint8 frames (T,H,W,3) as H.264, or as MPEG-4 if FFmpeg lacks that encoder."""
     import av
 
     # The encoders' 4:2:0 pixel format needs even sizes.
@@ -1109,12 +1110,12 @@ def save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 class Logger:
     """Averages metrics between writes: rows of `metrics.jsonl`, TensorBoard, a console line and a progress bar.
 
-    `step` counts environment frames. Everything that depends on the clock is under `time` (seconds of training, earlier
-    starts of the run included) and `fps/...`. `simple` leaves out TensorBoard and videos. `options` are
-    the columns of TensorBoard's table of runs (its tab HPARAMS), beside the last eval/return.
+    `step` counts environment frames. Only `time` (seconds of training, including earlier starts of the run) and
+    `fps/...` depend on the clock. `simple` disables TensorBoard and videos. `options` become the columns of
+    TensorBoard's HPARAMS tab, beside the last eval/return.
 
-    A logger continues the file only after `load_state_dict`; rows that came later than that checkpoint are dropped at
-    the first write, and so are all rows if there was no checkpoint.
+    After `load_state_dict` the file is continued; the first write drops rows newer than the checkpoint, or all rows if
+    there was no checkpoint.
     """
 
     def __init__(
@@ -1138,7 +1139,7 @@ class Logger:
         return self.seconds_before + time.perf_counter() - self.started
 
     def state_dict(self) -> dict:
-        """What a resumed run needs to continue the files, values not yet written included."""
+        """What a resumed run needs to continue the files, including values not yet written."""
         sums = [[list(names), values.tolist(), count] for names, (values, count) in self.sums.items()]
         return {"step": self.step, "rows": self.rows, "seconds": self.seconds, "sums": sums}
 
@@ -1152,29 +1153,29 @@ class Logger:
         """Add numbers and 0-d tensors to the averages of the next write. Tensors stay on their device until then."""
         tensors = {key: value.detach() for key, value in values.items() if isinstance(value, Tensor)}
         numbers = {key: float(value) for key, value in values.items() if key not in tensors}
-        # One sum per set of keys: two kernels a call, however many metrics there are.
+        # One sum per set of keys: two kernels per call for any number of metrics.
         if tensors:
             self._add(tuple(tensors), torch.stack(list(tensors.values())).double())
         if numbers:
             self._add(tuple(numbers), np.array(list(numbers.values())))
 
     def video(self, name: str, frames: np.ndarray, fps: int = 30, strip: int = 0) -> None:
-        """Frames uint8 (T,H,W,3), encoded at the next write to `video/NAME_STEP.mp4` and TensorBoard.
+        """Encode frames uint8 (T,H,W,3) at the next write, to `video/NAME_STEP.mp4` and TensorBoard.
 
-        `strip` adds a NAME_STEP.png with every so many of them side by side.
+        `strip` adds NAME_STEP.png with every `strip`-th frame side by side.
         """
         if not self.simple:
             self.videos[name] = (frames, fps, strip)
 
     def progress(self, step: int) -> None:
-        """Move the progress bar; cheap enough for every step."""
+        """Move the progress bar; cheap enough to call at every step."""
         self.bar.update(step - self.bar.n)
 
     def write(self, step: int, only: str = "", **counters: float) -> None:
-        """Write the averages of all values since the last write; does nothing if there are none.
+        """Write the averages of all values since the last write, if there are any.
 
-        `only` restricts it to calls of `scalars` whose keys all begin so; the others go on accumulating. A key without
-        new values is absent. A value that is not finite is null in the file.
+        With `only`, write just the calls of `scalars` whose keys all have this prefix; the others keep accumulating.
+        Keys without new values are absent. Values that are not finite are written as null.
         """
         metrics = self._averages(only)
         if not metrics and not self.videos:
@@ -1222,7 +1223,7 @@ class Logger:
         return {name: total / count for name, (total, count) in totals.items()}
 
     def _rates(self, counters: dict[str, float]) -> dict[str, float]:
-        """Counts per second since the last write at an earlier step, evaluation included."""
+        """Counts per second since the last write at an earlier step, including evaluation."""
         last, now = self.last, {**counters, "seconds": self.seconds}
         if last and last["step"] == now["step"]:
             return {}
@@ -1247,7 +1248,7 @@ class Logger:
             kept = self.path.read_bytes().splitlines(keepends=True)[: self.rows]
             write_atomic(self.path, lambda file: file.writelines(kept))
         if not self.simple:
-            # Imported here: it takes seconds that a simple logger need not spend.
+            # Imported here because it takes seconds.
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1 if self.rows else 0)
@@ -1259,7 +1260,7 @@ class Logger:
         from torch.utils.tensorboard.summary import hparams
 
         values = {k: str(v) if isinstance(v, list | None) else v for k, v in self.options.items()}
-        # Not the writer's add_hparams, which would make a second run of each.
+        # The writer's own add_hparams would create a second run.
         columns, start, _ = hparams(values, {"eval/return": None})
         # TensorBoard shows five columns at first: those that are marked as differing, then in alphabetical order.
         plugin = columns.value[0].metadata.plugin_data
@@ -1291,10 +1292,10 @@ class Logger:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` (tensors, numbers, strings, and dicts and lists of them); the one before stays as STEM.prev.pt."""
+    """Write `state` (tensors, numbers, strings, dicts and lists of these); the previous file becomes STEM.prev.pt."""
     previous = path.with_suffix(".prev.pt")
     if path.exists():
-        # A second name for the old file, so that at no moment there is none at `path`.
+        # Give the old file a second name first, so that `path` exists at every moment.
         part = path.with_name(previous.name + ".part")
         part.unlink(missing_ok=True)
         try:
@@ -1306,10 +1307,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
-    """The checkpoint at `path`, or the one before if it cannot be read (with a warning); None if there is neither.
+    """The checkpoint at `path`, or the previous one, with a warning, if it is unreadable; None if there is neither.
 
-    A damaged file is renamed to STEM.damaged.pt, so that the next save does not keep it in place of the good one.
-    Raises UserError if all that exist are unreadable. Loads data only, never code.
+    A damaged file is renamed to STEM.damaged.pt, so that the next save does not keep it as the previous checkpoint.
+    Raises UserError if no existing file is readable. Loads data only, never code.
     """
     paths = [p for p in (path, path.with_suffix(".prev.pt")) if p.exists()]
     problems = []
