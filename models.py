@@ -366,6 +366,7 @@ class ActorCritic(nn.Module):
         critic: ScalarHead,
         *,
         imag_horizon: int,
+        imag_starts: int = 0,
         imag_gradient: str,
         imag_gradient_mix: float,
         imag_sample: bool,
@@ -393,6 +394,7 @@ class ActorCritic(nn.Module):
         self.slow_critic = copy.deepcopy(critic).requires_grad_(False) if slow_value_target else None
         self.return_norm = ReturnNorm() if return_norm else None
         self.imag_horizon = imag_horizon
+        self.imag_starts = imag_starts
         self.imag_gradient = imag_gradient
         self.imag_gradient_mix = imag_gradient_mix
         self.imag_sample = imag_sample
@@ -491,9 +493,12 @@ class ActorCritic(nn.Module):
     def update(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """One step for actor and critic from start states (B,T,*)."""
+        """One step for actor and critic from start states (B,T,*), or from `imag_starts` of them drawn at random."""
         self.update_slow_critic()
         start = start.map(lambda x: x.detach().flatten(0, 1))
+        if 0 < self.imag_starts < len(start.deter):
+            chosen = torch.rand(len(start.deter), device=start.deter.device).argsort()[: self.imag_starts]
+            start = start.map(lambda x: x[chosen])
         with frozen(world_model):
             actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
         metrics |= self.actor_optimizer.step(actor_loss, retain_graph=True)

@@ -818,7 +818,7 @@ class Replay:
     A batch row starts in an episode drawn with probability proportional to its length, at a uniform position other than
     the last, and is completed with the beginnings of other episodes drawn so. Single-row episodes are ignored.
 
-    Batches are on `device`. On a GPU with enough memory all rows are kept there; otherwise they stay in host memory, and
+    Batches are on `device`. On a GPU with enough memory all rows are kept there; otherwise in host memory, and
     the next batch is assembled and copied while the caller uses the current one (`prefetch`).
     """
 

@@ -307,6 +307,7 @@ VARIANTS = {
     "deep recurrence": {"dyn_rec_depth": 2},
     "plain gru": {"dyn_cell": "gru", "initial": "zeros"},
     "no return norm": {"reward_EMA": False},
+    "few starts": {"imag_starts": 3},
     "no slow critic": {"slow_value_target": False},
     "value decay": {"value_decay": 0.1},
     "future entropy": {"future_entropy": True, "actor_state_entropy": 0.01},
@@ -369,6 +370,16 @@ def test_free_bits_cut_the_gradient():
     agent = make_agent(kl_free=1e6, nomlr=True, nosimsr=True, grad_heads=[])
     agent.world_model.loss(make_batch())[0].backward()
     assert all(p.grad is None or not p.grad.any() for p in agent.world_model.representation.parameters())
+
+
+@pytest.mark.parametrize("starts, states", [(0, 16), (3, 3), (99, 16)])
+def test_imagination_begins_from_some_states_of_the_batch(starts, states, monkeypatch):
+    agent, batch, seen = make_agent(imag_starts=starts), make_batch(), []
+    imagine = agent.actor_critic.imagine
+    monkeypatch.setattr(agent.actor_critic, "imagine", lambda *args: (seen.append(args[1].deter), imagine(*args))[1])
+    for _ in range(2):
+        agent.update(batch)
+    assert [len(deter) for deter in seen] == [states, states]
 
 
 def test_slow_critic_cadence():
