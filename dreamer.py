@@ -9,6 +9,7 @@ Counters: `policy_step` counts decisions of the policy summed over environments,
 """
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -820,6 +821,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def warn_idle_options(method: str, argv: list[str]) -> None:
+    """Warn of flags that only other methods read."""
+    read = {
+        name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
+    }
+    idle = set().union(*read.values()) - read[method] - {"task", "decoder", "nomlr", "nosimsr"}
+    for option in tools.parse_flags(argv, tools.read_options()[0])[1]:
+        if option in idle:
+            tools.warn(f"--{option} has no effect with --method {method}")
+
+
 def prepare(config) -> torch.device:
     """Check what can be checked before workers start, and set up torch."""
     if not config.logdir:
@@ -875,6 +887,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         config = tools.load_config(argv)
+        warn_idle_options(config.method, argv)
         device = prepare(config)
         if config.eval_only:
             return evaluate_only(config, Path(config.logdir).expanduser(), device)
