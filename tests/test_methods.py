@@ -213,7 +213,7 @@ def test_flags_of_other_methods_are_named(capsys):
         "warning: --mask_ratio has no effect with --method repo",
         "warning: --dyn_scale has no effect with --method repo",
     ]
-    dreamer.warn_idle_options("hrssm", "--mask_ratio 0.3 --configs tiny".split())
+    dreamer.warn_idle_options("hrssm", ["--mask_ratio", "0.3", "--configs", "tiny"])
     assert not capsys.readouterr().err
 
 
