@@ -3,13 +3,17 @@
 python figures/observations.py --resource_files 'DIR/*.mp4' --out figures/observations.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
+import argparse
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 from figures import grid
 
@@ -47,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

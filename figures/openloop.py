@@ -9,14 +9,18 @@ sees the first 10 frames and imagines the next 50 from the actions alone. The PN
 it all of them. Rows: observed (if it differs from the truth), truth, model, error (grey is zero).
 """
 
-import argparse
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
+import argparse
 
 import torch
 from tqdm import trange
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer
 import envs
 import models
@@ -77,4 +81,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -19,23 +19,27 @@ mean is the mean, and the interval is too narrow to rely on.
   three options are numbered, and a list is printed.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
 import argparse
 import csv
 import gzip
 import json
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tools
 
 matplotlib.use("Agg")
@@ -485,4 +489,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

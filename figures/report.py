@@ -5,20 +5,24 @@ python figures/report.py ./log --out report.html
 Curves and results follow the rules of figures/plot.py and take the same options.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
 import base64
 import csv
 import html
 import io
 import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 import tools
 from figures import grid, plot
@@ -244,4 +248,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -23,20 +23,24 @@ Intervals are at 95%: over draws (jackknife, three draws or more), and over epis
 hold half their width. `untrained` is the same network with its initial weights, the effect of the architecture alone.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
 import argparse
 import copy
 import csv
 import math
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer
 import envs
 import models
@@ -244,4 +248,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

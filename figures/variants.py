@@ -3,13 +3,17 @@
 python figures/variants.py --resource_files 'DIR/*.mp4' --ds_resource_path DIR --out figures/variants.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
+import argparse
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 from envs.distracting_cs import DOMAINS
 from envs.dmc import VARIANTS
@@ -53,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -24,7 +24,7 @@ from figures import openloop
 from tests.bench.soak import DOT
 from tests.helpers import ROOT, SMALL, make_agent, make_config
 
-SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
+SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 280"
 SHORT += " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --actor_start 2 --train_ratio 16"
 SHORT += " --eval_episode_num 2 --parallel False " + SMALL
 
