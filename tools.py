@@ -1342,9 +1342,9 @@ class Logger:
                 self._write_video(name, *video)
             self.writer.flush()
         self.videos = {}
-        self.returns |= {key: value for key, value in metrics.items() if key.endswith("return")}
         self.heartbeat.last = time.monotonic()
         self.progress(step)
+        self.returns |= {key: value for key, value in metrics.items() if key.endswith("return")}
         self.unprinted = step, (self.unprinted[1] if self.unprinted else {}) | metrics
 
     def close(self) -> None:
