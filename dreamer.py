@@ -876,6 +876,7 @@ def train(run: Run, stopped: Callable[[], bool]) -> None:
     at_once = stopped if run.ranks == 1 else lambda: False
     if run.new:
         run.save()  # so that a folder with metrics but without a checkpoint has lost it
+        run.new = False
     while not (run.finished or tools.any_rank(stopped())):
         if run.evaluation_due:
             if not run.evaluate(at_once):
