@@ -928,7 +928,7 @@ def warn_idle_options(method: str, argv: list[str]) -> None:
         name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
     }
     idle = set().union(*read.values()) - read[method] - {"task", "decoder", "nomlr", "nosimsr"}
-    for option in tools.parse_flags(argv, tools.read_options()[0])[1]:
+    for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
         if option in idle:
             tools.warn(f"--{option} has no effect with --method {method}")
 

@@ -207,13 +207,13 @@ def test_every_method_learns_acts_and_traces(method):
 
 
 def test_flags_of_other_methods_are_named(capsys):
-    argv = "--method repo --mask_ratio 0.3 --kl_target 2 --dyn_scale 1 --task x --decoder.cnn_depth 2 --model_lr 1e-3"
+    argv = "--method repo --eval_only --mask_ratio=0.3 --kl_target 2 --dyn_scale 1 --task x --model_lr 1e-3"
     dreamer.warn_idle_options("repo", argv.split())
     assert capsys.readouterr().err.splitlines() == [
         "warning: --mask_ratio has no effect with --method repo",
         "warning: --dyn_scale has no effect with --method repo",
     ]
-    dreamer.warn_idle_options("hrssm", "--mask_ratio 0.3 --configs tiny".split())
+    dreamer.warn_idle_options("hrssm", ["--mask_ratio", "0.3", "--configs", "tiny"])
     assert not capsys.readouterr().err
 
 
