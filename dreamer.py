@@ -385,7 +385,7 @@ def evaluate(
         recording = recording and not rollout.over[0]
         finished += [(episode.score, episode.length, episode.success) for episode in ended]
         if heartbeat.due():
-            say(f"evaluation: {len(finished)} of {episodes} episodes")
+            say(f"evaluation: {min(len(finished), episodes)} of {episodes} episodes")
     if len(finished) < episodes:
         return {}, None
     returns, lengths, successes = np.array(finished[:episodes], np.float64).T
@@ -974,10 +974,14 @@ def start(config, device: torch.device, argv: list[str]) -> tuple[Run, int]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     lock = tools.lock(logdir)
     print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
-    run = Run(config, logdir, device, rank, ranks)
-    if rank == 0:
-        # Written only now that the options are known to work: a mistyped one must not claim the folder.
-        tools.save_config(config, logdir, argv)
+    try:
+        run = Run(config, logdir, device, rank, ranks)
+        if rank == 0:
+            # Written only now that the options are known to work: a mistyped one must not claim the folder.
+            tools.save_config(config, logdir, argv)
+    except BaseException:
+        os.close(lock)
+        raise
     return run, lock
 
 

@@ -1472,8 +1472,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch does not check
             raise ValueError(f"wrong checksum of {part}")
         state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
+        if not isinstance(state, dict) or not state:
+            raise ValueError(f"it holds {type(state).__name__} {str(state)[:20]}")
         return state
     except Exception as error:  # a damaged file makes torch raise almost anything
         raise UserError(f"{path} is unreadable ({repr(error).splitlines()[0][:100]})") from error
