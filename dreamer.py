@@ -509,7 +509,7 @@ def load(logdir: str | Path, device: str = "cpu", **options) -> Player:
     if checkpoint is None:
         raise tools.UserError(f"{logdir} holds no checkpoint")
     env = envs.make(config.task, **env_options(config), seed=config.seed)
-    agent = make_agent(config, env.observation_space, env.action_space, device)
+    agent = make_agent(config, env.observation_space, env.action_space, device)  # type: ignore[arg-type]
     with tools.reading(f"{logdir}/latest.pt does not fit these options", "leave them out"):
         load_agent(agent, checkpoint["agent"])
     return Player(agent, env)

@@ -63,7 +63,7 @@ class Clips:
         self.position = int(np.random.default_rng(seed).integers(self.ends[-1]))
 
     def __call__(self, first: bool) -> np.ndarray:
-        clip = np.searchsorted(self.ends, self.position, side="right")
+        clip = int(np.searchsorted(self.ends, self.position, side="right"))
         path, count = self.clips[clip]
         frame = self._frames[path][self.position - self.ends[clip] + count]
         self.position = (self.position + 1) % int(self.ends[-1])

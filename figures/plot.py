@@ -221,6 +221,8 @@ def read_published(path: str) -> list[Run]:
         else:
             fields = [(r["task"], r["method"], r["seed"], r["xs"], r["ys"]) for r in json.loads(text)]
             runs = [Run(*name, np.array(xs, float), np.array(ys, float)) for *name, xs, ys in fields]
+        if not runs:
+            raise ValueError("it holds no curve")
         for run in runs:
             points = [*run.steps, *run.values]
             if run.steps.shape != run.values.shape or run.steps.ndim != 1 or not np.isfinite(points).all():
