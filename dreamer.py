@@ -8,11 +8,16 @@ Counters: `policy_step` counts decisions of the policy summed over environments,
 `eval_every`, `log_every` and `time_limit` are given in frames, `prefill` and `dataset_size` in policy steps.
 """
 
+from setup import console  # first: before what takes seconds to import
+
+# isort: split
 import copy
+import functools
 import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -283,16 +288,14 @@ def load_weights(agent: Agent, path: str) -> None:
     file = Path(path).expanduser()
     if not file.is_file():
         raise tools.UserError(f"--init_from {path}: no such file")
-    state = tools.load_checkpoint(file, agent.device)
+    state = tools.read_checkpoint(file, agent.device)
     if "agent" in state:
-        try:
+        with tools.reading(f"--init_from {path} does not fit this configuration", "use the options of its run"):
             load_agent(agent, state["agent"])
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip()
-            raise tools.UserError(f"--init_from {path} does not fit this configuration: {first}") from error
         print(f"Loaded the weights of {path}.", flush=True)
     else:
-        count = agent.load_upstream(state.get("agent_state_dict", state))
+        with tools.reading(f"--init_from {path} is no checkpoint of an agent", "name a latest.pt"):
+            count = agent.load_upstream(state.get("agent_state_dict", state))
         print(f"Loaded {count} tensors from {path}; optimisers and return statistics start afresh.")
 
 
@@ -355,12 +358,16 @@ def evaluate(
     episodes: int,
     stopped: Callable[[], bool] = lambda: False,
     rows: list[dict] | None = None,
+    say: Callable[[str], None] = tools.say,
 ) -> tuple[dict, np.ndarray | None]:
     """Mean over the first `episodes` episodes to finish, and the frames (T,H,W,C) of one of them.
+
+    A long evaluation says now and then how far it is.
 
     `rows` collects what replay would hold of that one: observations and the actions that led to them.
     """
     rollout, finished, frames, recording = Rollout(vec), [], [], True
+    heartbeat = tools.Heartbeat()
     while len(finished) < episodes and not stopped():
         rollout.begin()
         if recording and vec.render_mode == "rgb_array":
@@ -377,6 +384,8 @@ def evaluate(
         _, _, ended = rollout.receive()
         recording = recording and not rollout.over[0]
         finished += [(episode.score, episode.length, episode.success) for episode in ended]
+        if heartbeat.due():
+            say(f"evaluation: {min(len(finished), episodes)} of {episodes} episodes")
     if len(finished) < episodes:
         return {}, None
     returns, lengths, successes = np.array(finished[:episodes], np.float64).T
@@ -407,31 +416,103 @@ def open_loop(agent: Agent, rows: list[dict], length: int = 60) -> np.ndarray:
     return agent.probe.open_loop(agent.world_model, batch)[0].cpu().numpy()
 
 
+def use_trained_task(config) -> None:
+    """`--eval_only` with another `--task` than the run's evaluates on that task, as `--eval_task` does."""
+    saved = None if config.init_from or not config.logdir else tools.read_config(Path(config.logdir).expanduser())
+    if saved is None:
+        return
+    trained = saved["config"]["task"]
+    if config.task != trained:
+        config.eval_task, config.task = config.eval_task or [config.task], trained
+
+
 def evaluate_only(config, logdir: Path, device: torch.device) -> int:
-    checkpoint = tools.load_checkpoint(logdir / "latest.pt", device)
+    """Evaluate the run in `logdir`, or `--init_from`; print a table, and write eval_only.json and a video per task."""
+    checkpoint = None if config.init_from else tools.load_checkpoint(logdir / "latest.pt", device)
     if checkpoint is None and not config.init_from:
         raise tools.UserError(f"{logdir}/latest.pt does not exist: train first, or give weights with --init_from")
-    agent, rows = None, []
+    changes = {} if config.init_from else tools.differences(config, logdir)
+    if shown := [
+        text for key, text in changes.items() if key == "eval_task" or not tools.read_options()[0][key].may_change
+    ]:
+        print(f"Evaluates with other options than those of the run: {'; '.join(shown)}.", flush=True)
+    agent, results = None, []
     for task in eval_tasks(config).values():
         vec = make_envs(config, "eval", task=task)
         try:
             if agent is None:
                 agent = make_agent(config, vec.observation_space, vec.action_space, device)
                 if checkpoint:
-                    load_agent(agent, checkpoint["agent"])
+                    with tools.reading(f"{logdir}/latest.pt does not fit these options", "leave them out"):
+                        load_agent(agent, checkpoint["agent"])
                 else:
                     load_weights(agent, config.init_from)
-            metrics, _ = evaluate(agent, vec, config.eval_episode_num)
+            metrics, frames = evaluate(agent, vec, config.eval_episode_num)
         finally:
             vec.close()
-        rows.append((task, *(metrics[key] for key in ("episodes", "return", "return_std")), interval(metrics)))
-        rows[-1] += (metrics["success"], metrics["length"])
-    width = max(len(task) for task, *_ in rows)
+        low, high = interval(metrics)
+        results.append({"task": task} | metrics | {"low": low, "high": high, "frames": frames})
+    width = max(len(row["task"]) for row in results)
     print(f"{'task':{width}}  episodes   return      std  95% interval       success  length")
-    for task, episodes, mean, std, (low, high), success, length in rows:
-        spread = f"{mean:7.1f}  {std:7.1f}  {low:7.1f} {high:7.1f}"
-        print(f"{task:{width}}  {episodes:8.0f}  {spread}  {success:12.2f}  {length:6.0f}")
+    for row in results:
+        spread = "{return:7.1f}  {return_std:7.1f}  {low:7.1f} {high:7.1f}".format(**row)
+        print(f"{row['task']:{width}}  {row['episodes']:8.0f}  {spread}  {row['success']:12.2f}  {row['length']:6.0f}")
+    with tools.writing(logdir):
+        step = checkpoint["count"]["policy_step"] * config.action_repeat if checkpoint else 0
+        save_evaluation(logdir, step, config, results)
     return 0
+
+
+def save_evaluation(logdir: Path, step: int, config, results: list[dict]) -> None:
+    """logdir/eval_only.json, and the frames of each of `results` in logdir/video; says where they are."""
+    paths = [logdir / "eval_only.json"]
+    logdir.mkdir(parents=True, exist_ok=True)
+    for row in results:
+        frames = row.pop("frames")
+        if frames is not None and not config.simple_log:
+            name = re.sub(r"[^\w-]", "_", row["task"])
+            paths.append(logdir / "video" / f"eval_only_{name}_{step}.mp4")
+            paths[-1].parent.mkdir(exist_ok=True)
+            tools.save_mp4(paths[-1], frames, 30)
+    rows = [{key: tools.finite_or_none(value) for key, value in row.items()} for row in results]
+    content = {"step": step, "weights": config.init_from or str(logdir / "latest.pt"), "results": rows}
+    content |= {"options": vars(config), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    tools.write_atomic(paths[0], lambda file: file.write(json.dumps(content, indent=2).encode()))
+    print("Written:", *paths)
+
+
+class Player:
+    """A trained agent to act with: `env` is its task, `act` chooses an action for an observation of it."""
+
+    def __init__(self, agent: Agent, env: gymnasium.Env):
+        self.agent, self.env = agent, env
+        self.reset()
+
+    def reset(self) -> None:
+        """The next observation begins an episode. Implied by the first one."""
+        self.carry: Carry | None = None
+
+    def act(self, obs: dict[str, np.ndarray]) -> np.ndarray | int:
+        """The policy's mode, as `env.step` takes it, for one observation; remembers the episode so far."""
+        batch = {key: np.asarray(value)[None] for key, value in obs.items() if not key.startswith("log_")}
+        batch["is_first"] = np.array([self.carry is None])
+        action, self.carry = self.agent.policy(batch, self.carry, training=False)
+        chosen = action[0].cpu().numpy()
+        return int(chosen.argmax()) if self.agent.discrete else chosen
+
+
+def load(logdir: str | Path, device: str = "cpu", **options) -> Player:
+    """The agent of a run, with its environment. `options` replace those of the run. Raises UserError."""
+    config = tools.run_config(logdir)
+    vars(config).update(options)
+    checkpoint = tools.load_checkpoint(Path(logdir).expanduser() / "latest.pt", device)
+    if checkpoint is None:
+        raise tools.UserError(f"{logdir} holds no checkpoint")
+    env = envs.make(config.task, **env_options(config), seed=config.seed)
+    agent = make_agent(config, env.observation_space, env.action_space, device)  # type: ignore[arg-type]
+    with tools.reading(f"{logdir}/latest.pt does not fit these options", "leave them out"):
+        load_agent(agent, checkpoint["agent"])
+    return Player(agent, env)
 
 
 def interval(metrics: dict[str, float]) -> tuple[float, float]:
@@ -487,6 +568,7 @@ class Learner:
             metrics = add_prefixes(self.agent.update(batch, behavior=self.updates >= self.actor_start))
             self.updates += 1
             self.owed -= 1
+            self.logger.progress(step, self.updates)
             watched = [key for key in metrics if key.startswith(("loss/", "opt/")) or key in self.EXTREMES]
             finite = torch.stack([metrics[key] for key in watched]).isfinite()
             if before is not None and tools.any_rank(not finite.all()):
@@ -546,9 +628,14 @@ class Run:
     def __init__(self, config, logdir: Path, device: torch.device, rank: int = 0, ranks: int = 1):
         self.config, self.logdir, self.rank, self.ranks = config, logdir, rank, ranks
         self.checkpoint_path = logdir / "latest.pt"
-        checkpoint = load_common_checkpoint(self.checkpoint_path, device)
-        # A resumed run starts new episodes instead of repeating its first ones.
-        resumed_at = checkpoint["count"]["policy_step"] if checkpoint else 0
+        fix = "restore it from a copy, or start anew with --fresh"
+        with tools.reading(f"{self.checkpoint_path} is not a checkpoint of a run", fix):
+            checkpoint = load_common_checkpoint(self.checkpoint_path, device)
+            # A resumed run starts new episodes instead of repeating its first ones.
+            resumed_at = checkpoint["count"]["policy_step"] if checkpoint else 0
+        self.new = checkpoint is None
+        if self.new:
+            tools.check_checkpoint_lost(logdir)
         n = config.envs // ranks
         self.rollout = Rollout(make_envs(config, "train", resumed_at, n=n, first=rank * n))
         tasks = eval_tasks(config) if config.eval_episode_num > 0 and rank == 0 else {}
@@ -598,8 +685,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """The last evaluation, at `steps` frames or soon after, ends the run."""
+        """The last evaluation, at `steps` frames, ends the run."""
         return self.evaluated * self.config.action_repeat >= self.config.steps
+
+    @property
+    def evaluation_due(self) -> bool:
+        """After prefill, every `eval_every` frames, and at `steps`."""
+        return self.policy_step >= self.next_eval or self.step >= self.config.steps
 
     def save_due(self) -> bool:
         every = 60 * self.config.save_every
@@ -664,7 +756,8 @@ class Run:
         rng, results, agent = tools.rng_state(), {}, self.agent
         for name, vec in self.eval_envs.items():
             rows = None if agent.probe is None else []
-            results[name] = *evaluate(agent, vec, self.config.eval_episode_num, stopped, rows), rows
+            say = functools.partial(self.logger.say, self.step)
+            results[name] = *evaluate(agent, vec, self.config.eval_episode_num, stopped, rows, say), rows
         if stopped():
             tools.set_rng_state(rng)
             return False
@@ -680,7 +773,8 @@ class Run:
         if self.robustness_due():
             self.logger.scalars(measure_robustness(agent, self.config))
             self.write(only="robustness/")
-        self.next_eval += self.config.eval_every // self.config.action_repeat
+        if self.policy_step >= self.next_eval:
+            self.next_eval += self.config.eval_every // self.config.action_repeat
         self.evaluated = self.policy_step
         self.save()
         return True
@@ -725,17 +819,20 @@ class Run:
         self.saved_at = time.monotonic()
 
     def restore(self, state: dict) -> None:
-        learner, count = self.learner, state["count"]
-        learner.load_state_dict(state)
-        for name, clock in self.clocks.items():
-            clock.load_state_dict(state["clocks"][name])
-        self.policy_step, self.episodes = count["policy_step"], count["episode"]
-        self.next_eval, self.evaluated = count["next_eval"], count["evaluated"]
-        self.worker_restarts = count["worker_restarts"]
-        learner.updates, learner.owed, learner.skipped = count["update"], count["owed"], count["skipped"]
-        self.logger.load_state_dict(state["logger"])
-        self.replay.load(self.logdir / "replay", state["replay"])
-        saved = json.loads(state["envs"])
+        learner = self.learner
+        fix = "restore it from a copy, or start anew with --fresh"
+        with tools.reading(f"{self.checkpoint_path} does not fit this run", fix):
+            count = state["count"]
+            learner.load_state_dict(state)
+            for name, clock in self.clocks.items():
+                clock.load_state_dict(state["clocks"][name])
+            self.policy_step, self.episodes = count["policy_step"], count["episode"]
+            self.next_eval, self.evaluated = count["next_eval"], count["evaluated"]
+            self.worker_restarts = count["worker_restarts"]
+            learner.updates, learner.owed, learner.skipped = count["update"], count["owed"], count["skipped"]
+            self.logger.load_state_dict(state["logger"])
+            self.replay.load(self.logdir / "replay", state["replay"])
+            saved = json.loads(state["envs"])
         for name in self.eval_envs.keys() & saved["eval"].keys():
             self.eval_envs[name].load_state_dict(saved["eval"][name])
         running = self.rollout.vec.load_state_dict(saved["train"])
@@ -748,12 +845,13 @@ class Run:
         print(f"Resumed {self.logdir} at step {self.step} (update {learner.updates}).", flush=True)
 
     def close(self) -> None:
-        if self.trace is not None:
-            self.trace.stop()
-        self.logger.close()
         self.rollout.vec.close()
         for vec in self.eval_envs.values():
             vec.close()
+        if self.trace is not None:
+            self.trace.stop()
+        with tools.writing(self.logdir):
+            self.logger.close()
 
 
 def load_common_checkpoint(path: Path, device: torch.device) -> dict | None:
@@ -776,8 +874,11 @@ def train(run: Run, stopped: Callable[[], bool]) -> None:
     learner, rollout = run.learner, run.rollout
     # Ranks stop together, at the beginning of a step.
     at_once = stopped if run.ranks == 1 else lambda: False
+    if run.new:
+        run.save()  # so that a folder with metrics but without a checkpoint has lost it
+        run.new = False
     while not (run.finished or tools.any_rank(stopped())):
-        if run.policy_step >= run.next_eval:
+        if run.evaluation_due:
             if not run.evaluate(at_once):
                 break
             continue
@@ -858,6 +959,11 @@ def start(config, device: torch.device, argv: list[str]) -> tuple[Run, int]:
     """The run in `--logdir`, new or resumed, and the lock on its folder."""
     logdir = Path(config.logdir).expanduser()
     rank, ranks = tools.start_ranks(device)
+    if config.fresh:
+        if rank == 0:
+            tools.replace_run(logdir)
+        tools.any_rank(False)  # the others wait
+        config.fresh = False
     for option in ("batch_size", "envs"):
         if getattr(config, option) % ranks:
             raise tools.UserError(f"--{option} {getattr(config, option)} cannot be shared evenly by {ranks} ranks")
@@ -868,10 +974,14 @@ def start(config, device: torch.device, argv: list[str]) -> tuple[Run, int]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     lock = tools.lock(logdir)
     print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
-    run = Run(config, logdir, device, rank, ranks)
-    if rank == 0:
-        # Written only now that the options are known to work: a mistyped one must not claim the folder.
-        tools.save_config(config, logdir, argv)
+    try:
+        run = Run(config, logdir, device, rank, ranks)
+        if rank == 0:
+            # Written only now that the options are known to work: a mistyped one must not claim the folder.
+            tools.save_config(config, logdir, argv)
+    except BaseException:
+        os.close(lock)
+        raise
     return run, lock
 
 
@@ -887,12 +997,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         config = tools.load_config(argv)
+        if config.eval_only:
+            use_trained_task(config)
         warn_idle_options(config.method, argv)
         device = prepare(config)
         if config.eval_only:
             return evaluate_only(config, Path(config.logdir).expanduser(), device)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs
+                signal.signal(number, note)
         run, lock = start(config, device, argv)
         try:
             train(run, lambda: bool(received))
@@ -908,8 +1021,13 @@ def main(argv: list[str] | None = None) -> int:
     if received:
         print(f"Stopped by {signal.Signals(received[0]).name}; saved. The same command goes on.", flush=True)
         return 128 + received[0]
+    print(
+        f"Finished: {config.logdir} has its --steps {config.steps}. To go on, give a larger --steps; to evaluate, "
+        "add --eval_only.",
+        flush=True,
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -648,8 +648,10 @@ def agreement(x: Tensor) -> float:
 
 def fit_probe(probe: Probe, world_model: WorldModel, batches: Iterable[dict[str, Tensor]]) -> float:
     """Train `probe` alone on replay `batches` (B,T,*) of the unmasked filter; mean loss of the last tenth of them."""
-    losses = []
+    losses, heartbeat = [], tools.Heartbeat()
     for batch in batches:
+        if losses and heartbeat.due():
+            tools.say(f"probe: update {len(losses)} | probe_loss {losses[-1]:.4g}")
         with torch.no_grad():
             data = world_model.preprocess(batch)
             embed = world_model.representation.encoder(data)

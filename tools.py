@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,6 +84,44 @@ def writing(folder: Path) -> Iterator[None]:
             f"cannot write to {folder} ({cause.strerror or cause}): make room or make it writable; the same command "
             "then goes on from the last checkpoint"
         ) from error
+
+
+@contextlib.contextmanager
+def reading(what: str, fix: str) -> Iterator[None]:
+    """Turn errors from file contents of another structure into the UserError `what: REASON; fix`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        # The first line of torch's own errors only names the class.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[min(1, len(lines) - 1)][:200] if lines else ""
+        raise UserError(f"{what}: {type(error).__name__}: {reason}; {fix}") from error
+
+
+def check_out(path: str | Path) -> None:
+    """Raise UserError if no file can be written at `path`; to be called before the work that fills it."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--out {path} cannot be written: name a file in a folder that exists and is writable")
+
+
+class Heartbeat:
+    """Says when a log file, which shows no progress bar, should get a sign of life."""
+
+    SECONDS = 30.0
+
+    def __init__(self):
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        if time.monotonic() - self.last < self.SECONDS or sys.stdout.isatty():
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 def lock(folder: Path) -> int:
@@ -349,6 +388,7 @@ def load_config(argv: list[str], path: Path = CONFIGS) -> SimpleNamespace:
     """Defaults of `path`, presets of `--configs A B` in order, then flags; nested groups are plain dictionaries.
 
     Flags: `--key value`, `--key=value`, `--group.key value`, bare `--switch` for True. `--help` prints all and exits.
+    `--eval_only` takes the options of the run in `--logdir` in place of presets, unless `--init_from` names weights.
     Raises UserError for unknown presets and options, and for values of a wrong type or other than the notes of `path`
     allow. Warns of flags without effect.
     """
@@ -366,9 +406,15 @@ def load_config(argv: list[str], path: Path = CONFIGS) -> SimpleNamespace:
             raise UserError(f"unknown option {name}: {did_you_mean(key, defaults)}")
         config[key], names[key] = convert(value, defaults[key], name), name
 
+    saved = saved_options(flags)
+    for key, value in saved.items():
+        if key in defaults:
+            update(key, value, f"{key} in {flags['logdir']}/config.json")
     for preset in presets:
         if preset not in blocks:
             raise UserError(f"unknown preset {preset}: there are {', '.join(blocks)}; {did_you_mean(preset, blocks)}")
+        if saved:
+            continue
         for key, value in blocks[preset].values.items():
             update(key, value, f"{key} in preset {preset}")
     for key, value in flags.items():
@@ -379,6 +425,22 @@ def load_config(argv: list[str], path: Path = CONFIGS) -> SimpleNamespace:
         if key in flags and "no effect" in option.notes and config[key] != option.default:
             warn(f"--{key} has no effect: it is accepted so that upstream's command lines run")
     return SimpleNamespace(**unflatten(config))
+
+
+def saved_options(flags: dict[str, str]) -> dict:
+    """Options by dotted name of the run that `--eval_only` evaluates; {} for any other command line."""
+    if flags.get("eval_only", "").lower() != "true" or "init_from" in flags or "logdir" not in flags:
+        return {}
+    saved = read_config(Path(flags["logdir"]).expanduser())
+    own = {"logdir", "init_from", "fresh", "eval_only"}
+    return {key: value for key, value in flatten(saved["config"]).items() if key not in own} if saved else {}
+
+
+def run_config(logdir: str | Path) -> SimpleNamespace:
+    """The options of the run in `logdir`; those added since it was made have their defaults. Raises UserError."""
+    if read_config(Path(logdir).expanduser()) is None:
+        raise UserError(f"{logdir} holds no run")
+    return load_config(["--eval_only", f"--logdir={logdir}"])
 
 
 def help_text(options: dict[str, Option], presets: dict[str, Preset]) -> str:
@@ -427,9 +489,10 @@ def read_config(logdir: Path) -> dict | None:
         saved = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}): use another --logdir") from error
-    if not isinstance(saved, dict) or not {"config", "runs"} <= saved.keys():
+    parts = [saved.get("config"), saved.get("runs")] if isinstance(saved, dict) else []
+    if list(map(type, parts)) != [dict, list] or not all(isinstance(start, dict) for start in parts[1]):
         raise UserError(f"{path} was not written by this program: use another --logdir")
     return saved
 
@@ -454,24 +517,58 @@ def save_config(config: SimpleNamespace, logdir: Path, argv: list[str]) -> None:
         raise UserError(f"cannot write to --logdir {logdir}: {error.strerror}") from error
 
 
-def check_config(config: SimpleNamespace, logdir: Path) -> None:
-    """Raise UserError, listing the differences, if `logdir` holds a run with another configuration."""
+def differences(config: SimpleNamespace, logdir: Path) -> dict[str, str]:
+    """What `config` changes in the run in `logdir`, as `seed was 0, now 1`, by option."""
     saved = read_config(logdir)
     if saved is None:
-        return
-    options, _ = read_options()
+        return {}
     # A run started before an option existed used its default.
-    old = {key: option.default for key, option in options.items()} | flatten(saved["config"])
+    old = {key: option.default for key, option in read_options()[0].items()} | flatten(saved["config"])
     new = flatten(vars(config))
-    differences = [
-        f"{key} was {old[key]!r}, now {new[key]!r}"
-        for key, option in options.items()
-        if key in new and old[key] != new[key] and not option.may_change
-    ]
-    if differences:
+    return {key: f"{key} was {old[key]!r}, now {new[key]!r}" for key in old if key in new and old[key] != new[key]}
+
+
+def check_config(config: SimpleNamespace, logdir: Path) -> None:
+    """Raise UserError, listing the differences, if `logdir` holds a run with another configuration."""
+    changes = differences(config, logdir)
+    fixed = [changes[key] for key, option in read_options()[0].items() if key in changes and not option.may_change]
+    if fixed:
         raise UserError(
-            f"{logdir} holds a run with another configuration ({'; '.join(differences)}): "
-            "give the old values to resume it, choose another --logdir, or delete that folder"
+            f"{logdir} holds a run with another configuration ({'; '.join(fixed)}): give the old values to resume it, "
+            "choose another --logdir, or start anew there with --fresh"
+        )
+
+
+# All that a run writes to its folder, apart from locks.
+RUN_FILES = ("config.json", "metrics.jsonl", "latest*.pt", "replay", "video", "events.out.tfevents*", "nan_*.npz")
+RUN_FILES += ("trace.json", "eval_only.json", "final_eval.json", "rank[0-9]*")
+REPLACED = "replaced"
+
+
+def replace_run(logdir: Path) -> None:
+    """`--fresh`: move the files of the run in `logdir`, if there is one, to logdir/replaced/N."""
+    paths = [path for pattern in RUN_FILES for path in logdir.glob(pattern)]
+    if not paths:
+        return
+    file = lock(logdir)
+    try:
+        with writing(logdir):
+            number = next(n for n in range(1, 10**6) if not (logdir / REPLACED / str(n)).exists())
+            target = logdir / REPLACED / str(number)
+            target.mkdir(parents=True)
+            for path in paths:
+                path.rename(target / path.name)
+    finally:
+        os.close(file)
+    say(f"The run that was in {logdir} is now in {target}; delete it if you do not need it.")
+
+
+def check_checkpoint_lost(logdir: Path) -> None:
+    """Raise UserError if a run without a checkpoint left files in `logdir`. A run saves one before anything else."""
+    if any(logdir.glob("replay/*.npz")) or (logdir / "metrics.jsonl").exists():
+        raise UserError(
+            f"{logdir} holds metrics or replay of a run, but neither latest.pt nor latest.prev.pt: restore one of "
+            "them, or start anew with --fresh, which moves these files away"
         )
 
 
@@ -546,9 +643,15 @@ def default_threads(workers_busy: int) -> int:
 
 def start_trace(path: Path, steps: int) -> torch.profiler.profile:
     """A profiler that skips two steps and writes the next `steps` to `path`, for perfetto.dev; call its `step`."""
+
+    def export(profiler: torch.profiler.profile) -> None:
+        with writing(path.parent):
+            profiler.export_chrome_trace(str(path))
+        say(f"Profile: {path}, to be opened at https://ui.perfetto.dev.")
+
     trace = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        on_trace_ready=export,
     )
     trace.start()
     return trace
@@ -800,6 +903,11 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
+def describe_rows(values: Tensor | np.ndarray) -> list:
+    """Shape and type of one row of an array of replay, as JSON types."""
+    return [list(values.shape[1:]), str(values.dtype).removeprefix("torch.")]
+
+
 GPU_SHARE = 0.7  # fraction of a GPU's free memory that replay may use
 
 
@@ -969,6 +1077,7 @@ class Replay:
             "open": [[int(env), numbers.index(number)] for env, number in self.open.items()],
             "recent_files": self.recent_files,
             "saves": self.saves,
+            "kinds": {key: describe_rows(values) for key, values in self.storage.items()},
             "rng": json.dumps(self.rng.bit_generator.state),
         }
 
@@ -979,9 +1088,13 @@ class Replay:
         self.rng.bit_generator.state = json.loads(state["rng"])
         last_use = {file: i for i, (file, _, _) in enumerate(state["episodes"])}
         envs, files = {index: env for env, index in state["open"]}, {}
+        kinds, needed = state.get("kinds"), {}
+        for file, start, length in state["episodes"]:
+            needed[file] = max(start + length, needed.get(file, 0))
         for i, (file, start, length) in enumerate(state["episodes"]):
             if file not in files:
-                files[file] = self._read(Path(folder) / file)
+                files[file] = self._read(Path(folder) / file, needed[file], kinds)
+                kinds = kinds or {key: describe_rows(values) for key, values in files[file].items()}
             if rows := {key: values[start : start + length] for key, values in files[file].items()}:
                 slots = array("q", (self._take_slot() for _ in range(length)))
                 self._store(slots, rows)
@@ -992,6 +1105,11 @@ class Replay:
                     self.on_disk[number] = (file, start)
             if i == last_use[file]:
                 del files[file]
+        if state["episodes"] and not self.episodes:
+            raise UserError(
+                f"no file of {folder} is readable: restore them from a copy, or start anew with --fresh, which moves "
+                "the run away"
+            )
         if self.capacity < state["capacity"]:
             self._evict()
 
@@ -1069,16 +1187,28 @@ class Replay:
         ends = np.cumsum([len(self.episodes[number]) for number in numbers]).tolist()
         return {number: (name, start) for number, start in zip(numbers, [0, *ends], strict=False)}
 
-    def _read(self, path: Path) -> dict[str, np.ndarray]:
+    def _read(self, path: Path, rows: int, kinds: dict | None) -> dict[str, np.ndarray]:
+        """The arrays of a file, at least `rows` rows of `kinds`; {} with a warning if they are not there."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+                arrays = dict(file)
+            if any(values.ndim < 1 or len(values) < rows for values in arrays.values()) or "is_first" not in arrays:
+                raise ValueError(f"it does not hold {rows} rows")
+            found = {key: describe_rows(values) for key, values in arrays.items()}
+            if kinds and found != kinds:
+                raise ValueError(f"it holds other arrays: {', '.join(found)}")
+            return arrays
+        except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             warn(f"replay goes on without the episodes of {path}: {error}")
             return {}
 
 
 # --- logger ---------------------------------------------------------------------------------------------------------
+
+
+def finite_or_none(value):
+    """`value` for JSON, which has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def encode_gif(frames: np.ndarray, fps: int) -> bytes:
@@ -1118,6 +1248,8 @@ class Logger:
     there was no checkpoint.
     """
 
+    LOSSES = ("model_loss", "actor_loss", "value_loss")  # on the console
+
     def __init__(
         self, logdir: Path, *, step: int = 0, simple: bool = False, total_steps: int, options: dict | None = None
     ):
@@ -1129,6 +1261,10 @@ class Logger:
         self.videos: dict[str, tuple[np.ndarray, int, int]] = {}
         self.returns: dict[str, float] = {}
         self.last: dict[str, float] = {}
+        self.losses: dict[str, float] = {}
+        self.unprinted: tuple[int, dict[str, float]] | None = None  # rows of the same step make one line
+        self.updates = 0
+        self.heartbeat = Heartbeat()
         self.opened = False
         self.writer: Any = None  # TensorBoard's
         # disable=None: no bar where nobody watches a terminal.
@@ -1167,9 +1303,19 @@ class Logger:
         if not self.simple:
             self.videos[name] = (frames, fps, strip)
 
-    def progress(self, step: int) -> None:
-        """Move the progress bar; cheap enough to call at every step."""
+    def progress(self, step: int, updates: int | None = None) -> None:
+        """Move the progress bar, or now and then print a line where there is none; cheap enough for every step."""
         self.bar.update(step - self.bar.n)
+        if self.unprinted and step > self.unprinted[0]:
+            self._print_row()
+        self.updates = self.updates if updates is None else updates
+        if self.heartbeat.due():
+            self.say(step)
+
+    def say(self, step: int, text: str = "") -> None:
+        """Print a line between two writes."""
+        self._print_row()
+        self._print(self._console_line(step, self._averages("", keep=True), text))
 
     def write(self, step: int, only: str = "", **counters: float) -> None:
         """Write the averages of all values since the last write, if there are any.
@@ -1185,7 +1331,7 @@ class Logger:
         self.step = step
         metrics |= self._rates({"step": step, **counters})
         row = {"step": step, **counters, **metrics, "time": round(self.seconds, 3)}
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        row = {key: finite_or_none(value) for key, value in row.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows += 1
@@ -1196,12 +1342,13 @@ class Logger:
                 self._write_video(name, *video)
             self.writer.flush()
         self.videos = {}
-        self.returns |= {key: value for key, value in metrics.items() if key.endswith("return")}
+        self.heartbeat.last = time.monotonic()
         self.progress(step)
-        tqdm.write(self._console_line(metrics), file=sys.stdout)
-        sys.stdout.flush()
+        self.returns |= {key: value for key, value in metrics.items() if key.endswith("return")}
+        self.unprinted = step, (self.unprinted[1] if self.unprinted else {}) | metrics
 
     def close(self) -> None:
+        self._print_row()
         self.bar.close()
         if self.writer:
             self.writer.close()
@@ -1212,11 +1359,11 @@ class Logger:
             total = torch.from_numpy(total).to(values.device)
         self.sums[names] = (total + values, count + 1)
 
-    def _averages(self, only: str) -> dict[str, float]:
+    def _averages(self, only: str, keep: bool = False) -> dict[str, float]:
         totals = {}
         chosen = [names for names in self.sums if all(name.startswith(only) for name in names)]
         for names in chosen:
-            values, count = self.sums.pop(names)
+            values, count = self.sums[names] if keep else self.sums.pop(names)
             for name, value in zip(names, values.tolist(), strict=True):
                 before, n = totals.get(name, (0.0, 0))
                 totals[name] = (before + value, n + count)
@@ -1231,13 +1378,26 @@ class Logger:
         names = [name for name in ("step", "update") if now.get(name, 0) > last.get(name, math.inf)]
         return {f"fps/{name}": (now[name] - last[name]) / (now["seconds"] - last["seconds"]) for name in names}
 
-    def _console_line(self, metrics: dict[str, float]) -> str:
-        parts = [f"step {self.step:,}/{self.total_steps:,}"]
+    def _print_row(self) -> None:
+        if self.unprinted:
+            self._print(self._console_line(*self.unprinted))
+            self.unprinted = None
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _console_line(self, step: int, metrics: dict[str, float], text: str = "") -> str:
+        self.losses |= {name: metrics[f"loss/{name}"] for name in self.LOSSES if f"loss/{name}" in metrics}
+        parts = [f"step {step:,}/{self.total_steps:,}"]
+        parts += [f"update {self.updates:,}"] if self.updates else []
         parts += [f"{key} {value:.1f}" for key, value in self.returns.items()]
+        parts += [f"{name} {value:.3g}" for name, value in self.losses.items()]
+        parts += [text] if text else []
         if "fps/update" in metrics:
             parts.append(f"{1000 / metrics['fps/update']:.0f} ms/update")
         if fps := metrics.get("fps/step"):
-            left = max(0, self.total_steps - self.step) / fps
+            left = max(0, self.total_steps - step) / fps
             parts += [f"{fps:.0f} fps", f"ETA {timedelta(seconds=round(left))}"]
         return " | ".join(parts)
 
@@ -1306,21 +1466,32 @@ def save_checkpoint(path: Path, state: dict) -> None:
     write_atomic(path, lambda file: torch.save(state, file))
 
 
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """The checkpoint at `path`: data only, never code. Raises UserError if it is unreadable."""
+    try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch does not check
+            raise ValueError(f"wrong checksum of {part}")
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or not state:
+            raise ValueError(f"it holds {type(state).__name__} {str(state)[:20]}")
+        return state
+    except Exception as error:  # a damaged file makes torch raise almost anything
+        raise UserError(f"{path} is unreadable ({repr(error).splitlines()[0][:100]})") from error
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
     """The checkpoint at `path`, or the previous one, with a warning, if it is unreadable; None if there is neither.
 
     A damaged file is renamed to STEM.damaged.pt, so that the next save does not keep it as the previous checkpoint.
-    Raises UserError if no existing file is readable. Loads data only, never code.
+    Raises UserError if no existing file is readable.
     """
     paths = [p for p in (path, path.with_suffix(".prev.pt")) if p.exists()]
     problems = []
     for candidate in paths:
         try:
-            if zipfile.is_zipfile(candidate) and (part := zipfile.ZipFile(candidate).testzip()):  # torch does not check
-                raise ValueError(f"wrong checksum of {part}")
-            state = torch.load(candidate, map_location=device, weights_only=True)
-        except Exception as error:  # a damaged file makes torch raise almost anything
-            problems.append(f"{candidate} is unreadable ({repr(error).splitlines()[0][:100]})")
+            state = read_checkpoint(candidate, device)
+        except UserError as error:
+            problems.append(str(error))
             continue
         if candidate != path:
             warn(f"{problems[0] if problems else f'{path} is missing'}; going on from {candidate}")
@@ -1328,5 +1499,5 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | No
                 path.replace(path.with_suffix(".damaged.pt"))
         return state
     if problems:
-        raise UserError(f"{'; '.join(problems)}: restore it from a copy, or start anew in another --logdir")
+        raise UserError(f"{'; '.join(problems)}: restore it from a copy, or start anew with --fresh")
     return None

@@ -342,7 +342,11 @@ def _serve(pipe, constructor: Callable[[], gymnasium.Env], niceness: int) -> Non
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the parent handles them
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # sent to the whole process group; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     os.nice(niceness)
     env = None

@@ -63,18 +63,16 @@ class Clips:
         self.position = int(np.random.default_rng(seed).integers(self.ends[-1]))
 
     def __call__(self, first: bool) -> np.ndarray:
-        clip = np.searchsorted(self.ends, self.position, side="right")
-        frame = self._frames[clip][
-            self.position - self.ends[clip]
-        ]  # negative: counted from the end of the frames in use
+        clip = int(np.searchsorted(self.ends, self.position, side="right"))
+        path, count = self.clips[clip]
+        frame = self._frames[path][self.position - self.ends[clip] + count]
         self.position = (self.position + 1) % int(self.ends[-1])
         return frame[..., None]
 
     @functools.cached_property
-    def _frames(self) -> list[np.ndarray]:
+    def _frames(self) -> dict[str, np.ndarray]:
         # Opened on first use, in the worker process: pickling a memory map would copy its data.
-        maps = {path: np.load(path, mmap_mode="r") for path, _ in self.clips}
-        return [maps[path][:count] for path, count in self.clips]
+        return {path: np.load(path, mmap_mode="r") for path in {path for path, _ in self.clips}}
 
 
 class Colour:
@@ -159,13 +157,24 @@ def cached(path: str, size: tuple[int, int], decode: Decoder) -> Clip | None:
     key = f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{height}x{width}|{decode.__name__}"
     folder = cache_dir(os.environ.get("HRSSM_CACHE") or "~/.cache/hrssm")
     target = folder / f"{Path(path).stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if not target.exists():
+    count = count_frames(target, size)
+    if not count:
         frames = decode(path, size)
         if not frames:
             return None
         print(f"decoded {path}: {len(frames)} frames of {height}x{width}", file=sys.stderr)
         _write(target, np.stack(frames))
-    return str(target), len(np.load(target, mmap_mode="r"))
+        count = len(frames)
+    return str(target), count
+
+
+def count_frames(target: Path, size: tuple[int, int]) -> int:
+    """The number of decoded frames in a file of the cache; 0 if it is missing, truncated or holds something else."""
+    try:
+        frames = np.load(target, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return 0
+    return len(frames) if frames.shape[1:] == size and frames.dtype == np.uint8 else 0
 
 
 @functools.cache

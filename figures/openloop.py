@@ -9,14 +9,18 @@ sees the first 10 frames and imagines the next 50 from the actions alone. The PN
 it all of them. Rows: observed (if it differs from the truth), truth, model, error (grey is zero).
 """
 
-import argparse
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
+import argparse
 
 import torch
 from tqdm import trange
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer
 import envs
 import models
@@ -41,8 +45,10 @@ def run(args) -> None:
     try:
         agent = dreamer.make_agent(config, vec.observation_space, vec.action_space)
         if not args.untrained:
-            dreamer.load_agent(agent, checkpoint["agent"])
-        replay = load_replay(config, checkpoint["replay"], logdir / "replay")
+            with tools.reading(f"{logdir}/latest.pt does not fit config.json", "restore them from a copy"):
+                dreamer.load_agent(agent, checkpoint["agent"])
+        with tools.reading(f"{logdir}/latest.pt does not fit replay", "restore them from a copy"):
+            replay = load_replay(config, checkpoint["replay"], logdir / "replay")
         batches = (replay.sample() for _ in trange(args.updates, unit="update", disable=None))
         loss = models.fit_probe(agent.probe, agent.world_model, batches)
         seen = []
@@ -69,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             raise tools.UserError(f"--updates takes at least 1, not {args.updates}")
         if Path(args.out).suffix not in ("", ".png"):
             raise tools.UserError(f"--out {args.out}: the suffix must be .png")
+        tools.check_out(Path(args.out).with_suffix(".png"))
         run(args)
     except (tools.UserError, envs.EnvError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -77,4 +84,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

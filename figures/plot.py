@@ -19,23 +19,28 @@ mean is the mean, and the interval is too narrow to rely on.
   three options are numbered, and a list is printed.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
 import argparse
 import csv
 import gzip
 import json
 import math
 import re
-import sys
 import textwrap
+import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tools
 
 matplotlib.use("Agg")
@@ -88,7 +93,8 @@ def find_runs(paths: Sequence[str]) -> list[Path]:
     """Folders that contain a config.json, at or below `paths`, in natural order and without duplicates."""
     folders = {}
     for path in map(Path, paths):
-        below = sorted({file.parent for file in path.rglob("config.json")}, key=natural)
+        files = [file for file in path.rglob("config.json") if tools.REPLACED not in file.relative_to(path).parts]
+        below = sorted({file.parent for file in files}, key=natural)
         if not below:
             tools.warn(f"{path}: no runs in this folder" if path.is_dir() else f"{path}: no such folder")
         folders |= {folder.resolve(): folder for folder in below}
@@ -101,14 +107,20 @@ def natural(path: Path) -> list:
 
 
 def read_rows(logdir: Path) -> list[dict]:
-    """Rows of metrics.jsonl, [] if the file is missing. Lines truncated by a kill are skipped."""
+    """Rows of metrics.jsonl, [] if the file is missing. Whatever is not a number is left out, as are lines without a
+    step, for example those truncated by a kill."""
     path, rows = logdir / "metrics.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+    rows = [{key: value for key, value in row.items() if is_number(value)} for row in rows if isinstance(row, dict)]
+    return [row for row in rows if row.get("step", -1) >= 0]
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_runs(paths: Sequence[str], *, metric: str = "eval/return", method: str = "HRSSM") -> list[Run]:
@@ -120,9 +132,9 @@ def read_runs(paths: Sequence[str], *, metric: str = "eval/return", method: str 
     runs = []
     for logdir in find_runs(paths):
         try:
-            config = defaults | tools.flatten(tools.read_config(logdir)["config"])
+            config = defaults | tools.flatten(vars(tools.run_config(logdir)))
             # Of rows with the same step, as after a resume, the last one counts.
-            points = {row["step"]: row[metric] for row in read_rows(logdir) if row.get(metric) is not None}
+            points = {row["step"]: row[metric] for row in read_rows(logdir) if metric in row}
         except (OSError, tools.UserError) as error:
             tools.warn(f"{logdir} skipped: {error}")
             continue
@@ -205,10 +217,20 @@ def read_published(path: str) -> list[Run]:
             for row in csv.DictReader(text.splitlines()):
                 point = float(row["step"]), float(row["value"])
                 groups.setdefault((row["task"], row["method"], int(row["seed"])), []).append(point)
-            return [Run(*name, *np.array(sorted(points)).T) for name, points in groups.items()]
-        fields = [(r["task"], r["method"], r["seed"], r["xs"], r["ys"]) for r in json.loads(text)]
-        return [Run(*name, np.array(xs, float), np.array(ys, float)) for *name, xs, ys in fields]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            runs = [Run(*name, *np.array(sorted(points)).T) for name, points in groups.items()]
+        else:
+            fields = [(r["task"], r["method"], r["seed"], r["xs"], r["ys"]) for r in json.loads(text)]
+            runs = [Run(*name, np.array(xs, float), np.array(ys, float)) for *name, xs, ys in fields]
+        if not runs:
+            raise ValueError("it holds no curve")
+        for run in runs:
+            points = [*run.steps, *run.values]
+            if run.steps.shape != run.values.shape or run.steps.ndim != 1 or not np.isfinite(points).all():
+                raise ValueError(f"steps and values of {run.task} are not two lists of as many numbers")
+            if not isinstance(run.task, str) or not isinstance(run.method, str) or not len(run.steps):
+                raise ValueError("a curve without points, or whose task or method is not text")
+        return runs
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError, zlib.error) as error:
         raise tools.UserError(
             f"cannot read --published {path} ({type(error).__name__}: {error}): expected a JSON list of {{task, method,"
             " seed, xs, ys}}, or CSV with the columns task, method, seed, step, value"
@@ -446,6 +468,7 @@ def check_out(out: Path) -> list[Path]:
     out = out if out.suffix else out.with_suffix(".png")
     if out.suffix not in FORMATS:
         raise tools.UserError(f"--out {out}: the suffix must be one of {', '.join(FORMATS)}")
+    tools.check_out(out)
     return [out, out.with_suffix(".pdf")] if out.suffix == ".png" else [out]
 
 
@@ -476,6 +499,7 @@ def load(args: argparse.Namespace) -> tuple[list[Run], Results]:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(__doc__, "curves.png").parse_args(argv)
     try:
+        check_out(Path(args.out))
         _, results = load(args)
         print(*save(results, Path(args.out)), sep="\n")
     except (tools.UserError, OSError) as error:
@@ -485,4 +509,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

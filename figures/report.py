@@ -5,20 +5,24 @@ python figures/report.py ./log --out report.html
 Curves and results follow the rules of figures/plot.py and take the same options.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
 import base64
 import csv
 import html
 import io
 import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 import tools
 from figures import grid, plot
@@ -160,9 +164,12 @@ def robustness(runs: Sequence[plot.Run], path: str | None) -> str:
     if rows:
         parts.append(table(["task", "method", "seed", "variant", *models.ROBUSTNESS], rows))
     if path:
-        with open(path, newline="") as file:
-            header, *lines = csv.reader(file)
-        parts.append(table(header, [[number(cell) for cell in line] for line in lines]))
+        with tools.reading(f"{path} is not a table of figures/robustness.py", "name its CSV"):
+            with open(path, newline="") as file:
+                header, *lines = csv.reader(file)
+            if header[:2] != ["run", "task"] or not lines:
+                raise ValueError(f"it begins with {','.join(header)[:40]}")
+            parts.append(table(header, [[number(cell) for cell in line] for line in lines]))
         picture = Path(path).with_suffix(".png").read_bytes()
         parts.append(f'<img alt="robustness" src="{data_uri("image/png", picture)}">')
     return (
@@ -181,11 +188,12 @@ def number(text: str) -> float | str:
 def versions(runs: Sequence[plot.Run]) -> str:
     """Combinations of commit, device and package versions, and how many starts of the runs had each."""
     starts = [start for run in runs for start in tools.read_config(run.logdir)["runs"]]
-    names = plot.unique(name for start in starts for name in start["versions"])
     rows = []
-    for start in starts:
-        commit = (start["git"]["commit"] or "unknown")[:12] + (" (modified)" if start["git"]["dirty"] else "")
-        rows.append((commit, start["device"], *(start["versions"].get(name) or "-" for name in names)))
+    with tools.reading("config.json of a run has a start of another form", "leave that run out"):
+        names = plot.unique(name for start in starts for name in start["versions"])
+        for start in starts:
+            commit = (start["git"]["commit"] or "unknown")[:12] + (" (modified)" if start["git"]["dirty"] else "")
+            rows.append((commit, start["device"], *(start["versions"].get(name) or "-" for name in names)))
     counted = [(*row, rows.count(row)) for row in plot.unique(rows)]
     return table(["commit", "device", *names, "starts"], counted)
 
@@ -234,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--robustness", help="CSV of figures/robustness.py, with its picture beside it")
     args = parser.parse_args(argv)
     try:
+        tools.check_out(args.out)
         text = page(*plot.load(args), args.robustness)
         Path(args.out).write_text(text)
     except (tools.UserError, OSError) as error:
@@ -244,4 +253,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -23,20 +23,24 @@ Intervals are at 95%: over draws (jackknife, three draws or more), and over epis
 hold half their width. `untrained` is the same network with its initial weights, the effect of the architecture alone.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
 import argparse
 import copy
 import csv
 import math
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer
 import envs
 import models
@@ -51,13 +55,10 @@ COLUMNS = ("run", "task", *models.ROBUSTNESS, "same", "other", "return", "of_cle
 
 def load(logdir: str, args) -> tuple[SimpleNamespace, dict]:
     """Config and checkpoint of a run. Raises UserError."""
-    saved = tools.read_config(Path(logdir))
+    config = tools.run_config(logdir)
     checkpoint = tools.load_checkpoint(Path(logdir) / "latest.pt")
-    if saved is None or checkpoint is None:
-        raise tools.UserError(f"{logdir} holds no run with a checkpoint")
-    # Options added since the run was made take their defaults.
-    flat = tools.flatten(vars(tools.load_config([]))) | tools.flatten(saved["config"])
-    config = SimpleNamespace(**tools.unflatten(flat))
+    if checkpoint is None or "agent" not in checkpoint:
+        raise tools.UserError(f"{logdir} holds no checkpoint of a run")
     config.video_pred_log = False
     for name in ("resource_files", "ds_resource_path"):
         if getattr(args, name):
@@ -176,12 +177,14 @@ def measure(args) -> tuple[list[dict], dict[str, np.ndarray]]:
         agent = dreamer.make_agent(config, env.observation_space, env.action_space)
         env.close()
         agents = {logdir: agent, f"{logdir} untrained": copy.deepcopy(agent)}
-        dreamer.load_agent(agent, checkpoint["agent"])
+        with tools.reading(f"{logdir}/latest.pt does not fit config.json", "restore them from a copy"):
+            dreamer.load_agent(agent, checkpoint["agent"])
         returns = {}
         if args.episodes:
             returns = {task: measure_return(agent, config, task, args.episodes) for task in (clean, *tasks)}
             rows.append({"run": logdir, "task": clean, "of_clean": 1.0} | returns[clean])
         for task in tasks:
+            print(f"{logdir}: {task}", flush=True)
             obs, actions = paired.render(task, options, draws=args.draws, steps=args.steps)
             pictures.setdefault(task, obs["image"][:, 0, -1])
             for name, candidate in agents.items():
@@ -244,4 +247,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

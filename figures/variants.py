@@ -3,14 +3,19 @@
 python figures/variants.py --resource_files 'DIR/*.mp4' --ds_resource_path DIR --out figures/variants.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
+import argparse
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
+import tools
 from envs.distracting_cs import DOMAINS
 from envs.dmc import VARIANTS
 from figures import grid
@@ -31,7 +36,7 @@ def observe(task: str, **options) -> np.ndarray:
     return image
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resource_files", default="../distractors/*.mp4", help="background videos of `video`")
     parser.add_argument("--ds_resource_path", default="..", help="folder that holds DAVIS")
@@ -40,17 +45,23 @@ def main() -> None:
     parser.add_argument("--out", default="figures/variants.png")
     options = vars(parser.parse_args())
     tasks, out = options.pop("tasks"), options.pop("out")
-    rows = []
-    for task in tasks:
-        # The benchmark defines distracting_cs and sensor_cs for some domains only.
-        variants = [v for v in VARIANTS if not v.endswith("_cs") or task.startswith(DOMAINS)]
-        frames = {variant: observe(f"dmc_{task}_{variant}", **options) for variant in variants}
-        rows.append([observe(f"dmc_{task}", **options), *(frames.get(variant) for variant in VARIANTS)])
-        print(task, flush=True)
-    columns = ["clean", *VARIANTS]
-    picture = grid.draw(rows, [task.replace("_", " ") for task in tasks], columns)
-    picture.quantize(256).save(out, optimize=True)
+    try:
+        tools.check_out(out)
+        rows = []
+        for task in tasks:
+            # The benchmark defines distracting_cs and sensor_cs for some domains only.
+            variants = [v for v in VARIANTS if not v.endswith("_cs") or task.startswith(DOMAINS)]
+            frames = {variant: observe(f"dmc_{task}_{variant}", **options) for variant in variants}
+            rows.append([observe(f"dmc_{task}", **options), *(frames.get(variant) for variant in VARIANTS)])
+            print(task, flush=True)
+        columns = ["clean", *VARIANTS]
+        picture = grid.draw(rows, [task.replace("_", " ") for task in tasks], columns)
+        picture.quantize(256).save(out, optimize=True)
+    except (tools.UserError, envs.EnvError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

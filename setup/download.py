@@ -10,6 +10,13 @@
 Interrupted downloads resume. Files are verified before they are moved into place.
 """
 
+import sys
+from pathlib import Path, PurePosixPath
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # first: before what takes seconds to import
+
+# isort: split
 import argparse
 import csv
 import errno
@@ -19,20 +26,18 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 import requests
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from envs import assets  # noqa: E402
-from envs.distracting_cs import DAVIS  # noqa: E402
-from envs.realistic_maniskill import MODELS  # noqa: E402
+from envs import assets
+from envs.distracting_cs import DAVIS
+from envs.realistic_maniskill import MODELS
 
 DMCGS_URL = "https://raw.githubusercontent.com/nicklashansen/dmcontrol-generalization-benchmark/main/src/env/data"
 DAVIS_URL = "https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip"
@@ -111,7 +116,10 @@ def blob_name(path: Path) -> str:
 
 
 def unpack(archive: Path, folder: Path, wanted: Iterable[str]) -> None:
-    """Unpack the members of a zip file that start with one of `wanted` into `folder`, all or nothing."""
+    """Unpack the members of a zip file that start with one of `wanted` into `folder`, all or nothing.
+
+    A damaged archive is deleted, so that it is fetched anew.
+    """
     prefixes = tuple(wanted)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
@@ -130,8 +138,9 @@ def unpack(archive: Path, folder: Path, wanted: Iterable[str]) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         scratch.rename(folder)
-    except zipfile.BadZipFile as error:
-        raise DownloadError(f"{archive} is damaged ({error}): delete it and run the command again") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
+        archive.unlink()
+        raise DownloadError(f"{archive} is damaged ({error}): run the command again, or with another --from") from None
     except OSError as error:
         raise DownloadError(f"cannot unpack {archive} ({error.strerror}): free some space and run it again") from None
     finally:
@@ -178,7 +187,9 @@ def get_davis(folder: Path, source: str | None) -> None:
             if (pictures / name).is_dir():
                 shutil.copytree(pictures / name, target / name, dirs_exist_ok=True)
     else:
-        archive = folder.parent / "DAVIS-2017-trainval-480p.zip"
+        # Each source has an archive of its own, so that what is left of one is not taken for another's.
+        name = f"davis-{hashlib.sha256(source.encode()).hexdigest()[:8]}.zip" if source else Path(DAVIS_URL).name
+        archive = folder.parent / name
         fetch(source or DAVIS_URL, archive)
         unpack(archive, folder, ["DAVIS/JPEGImages/480p/"])
         archive.unlink()
@@ -413,4 +424,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

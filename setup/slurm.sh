@@ -36,6 +36,6 @@ code=0
 srun --kill-on-bad-exit=0 setup/run.sh python -u dreamer.py "$@" --task "$task" --seed "$seed" \
   --logdir "$logdir/${task//[\/:]/_}/$seed" || code=$?
 case $code in
-130 | 143) scontrol requeue "${SLURM_ARRAY_JOB_ID}_$number" ;; # stopped by a signal, and saved
+129 | 130 | 143) scontrol requeue "${SLURM_ARRAY_JOB_ID}_$number" ;; # stopped by a signal, and saved
 *) exit "$code" ;;
 esac

@@ -47,7 +47,9 @@ options=("$@")
 [ -n "$logdir" ] || die "--logdir is missing: name the folder for all runs"
 [ -n "$tasks" ] || die "--tasks is missing: for example --tasks dmc_walker_stand,dmc_cheetah_run"
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs takes a number of runs, not '$jobs'"
-[[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--seeds takes numbers such as 0,1,2, not '$seeds'"
+[[ $seeds =~ ^(0|[1-9][0-9]*)(,(0|[1-9][0-9]*))*$ ]] || die "--seeds takes numbers such as 0,1,2, not '$seeds'"
+name='[a-zA-Z0-9][^,]*'
+[[ $tasks =~ ^$name(,$name)*$ ]] || die "--tasks takes names such as dmc_walker_stand, separated by commas, not '$tasks'"
 
 unknown_method() {
   die "unknown method '$1': there is full, nomlr, nosimsr, neither, hrssm, dreamer, rssm, repo, r2dreamer, infonce," \
@@ -73,6 +75,7 @@ flags() {
 
 # Every run of the sweep: its folder and, in `commands`, its command, quoted for the shell.
 runs=() commands=()
+declare -A listed=()
 IFS=, read -ra all_tasks <<<"$tasks"
 IFS=, read -ra all_methods <<<"$methods"
 IFS=, read -ra all_seeds <<<"$seeds"
@@ -83,6 +86,8 @@ for task in "${all_tasks[@]}"; do
     [ -n "$lines" ] || own=()
     for seed in "${all_seeds[@]}"; do
       run=$logdir/${task//[\/:]/_}/${method//\//_}/$seed
+      [ -z "${listed[$run]:-}" ] || die "$task, $method, seed $seed is listed twice: it would train in $run twice"
+      listed[$run]=1
       command=(python -u "$root/dreamer.py" "${options[@]}" --task "$task" --seed "$seed" "${own[@]}" --logdir "$run")
       runs+=("$run") commands+=("${command[*]@Q}")
     done
@@ -140,15 +145,30 @@ start() {
   [ -z "$stopped" ] || stop "$stopped" # the signal arrived just before
 }
 
+# Once a minute the last line of every running log: a sign of life.
+every=${SWEEP_SECONDS:-60} clock=''
+report() {
+  local i
+  for i in "${running[@]}"; do
+    echo "${runs[$i]}: $(tail -n 1 "${runs[$i]}/sweep.log" 2>/dev/null | tr -d '\r')"
+  done
+}
+
 # Waits for one process to end and records the outcome.
 reap() {
   local pid='' code=0 run
+  [ -n "$clock" ] || { sleep "$every" >/dev/null 2>&1 & clock=$!; }
   wait -n -p pid || code=$?
   [ -n "${pid:-}" ] || return 0 # interrupted by a signal, which was passed on to the processes
+  if [ "$pid" = "$clock" ]; then
+    clock=''
+    report
+    return
+  fi
   run=${runs[${running[$pid]}]}
   case $code in
   0) echo "${commands[${running[$pid]}]}" >"$run/sweep.done" ;;
-  "$busy" | 130 | 143) ;;
+  "$busy" | 129 | 130 | 143) ;;
   *) echo "$code" >"$run/sweep.failed" ;;
   esac
   unset "running[$pid]"
@@ -166,6 +186,7 @@ stop() {
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
+trap 'stop 129' HUP
 for i in "${!runs[@]}"; do
   ! finished "$i" || continue
   while [ ${#running[@]} -ge "$jobs" ]; do reap; done
@@ -173,6 +194,7 @@ for i in "${!runs[@]}"; do
   start "$i"
 done
 while [ ${#running[@]} -gt 0 ]; do reap; done
+[ -z "$clock" ] || kill "$clock" 2>/dev/null || true
 table
 [ -z "$stopped" ] || exit "$stopped"
 for i in "${!runs[@]}"; do

@@ -159,6 +159,17 @@ def test_a_truncated_archive(tmp_path):
     assert_refused(run(tmp_path / "assets", "davis", "--from", str(archive)), "is damaged", tmp_path / "assets")
 
 
+def test_another_source_after_a_damaged_archive(tmp_path):
+    """Neither a damaged archive nor half of one stands in the way of the next --from."""
+    bad, good = tmp_path / "bad.zip", davis_archive(tmp_path / "davis.zip")
+    bad.write_bytes(good.read_bytes()[:-2000])
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/DAVIS-2017-trainval-480p.zip").write_bytes(bad.read_bytes())
+    assert_refused(run(tmp_path / "assets", "davis", "--from", str(bad)), "is damaged", tmp_path / "assets")
+    assert run(tmp_path / "assets", "davis", "--from", str(good)) == (0, "")
+    assert len(distracting_cs.find_videos(str(tmp_path / "assets/davis"))) == 60
+
+
 def test_an_archive_that_does_not_fit(tmp_path):
     archive = davis_archive(tmp_path / "davis.zip", extra="DAVIS/JPEGImages/480p/bear/large.jpg")
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as file:

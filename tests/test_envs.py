@@ -338,6 +338,20 @@ def test_frames_of_a_real_video_are_grey_and_scaled(real_videos):
     assert frames[0].shape == (48, 64)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no frames", "other frames"])
+def test_a_damaged_cache_is_decoded_again(damage, clips, cache):
+    path = str(clips / "clip0.mp4")
+    name, count = video.cached(path, (10, 12), video.decode_video)
+    frames = np.load(name)
+    if damage in ("truncated", "empty"):
+        data = Path(name).read_bytes()
+        Path(name).write_bytes(data[: len(data) // 2] if damage == "truncated" else b"")
+    else:
+        np.save(name, frames[:0] if damage == "no frames" else frames[:, :5])
+    assert video.cached(path, (10, 12), video.decode_video) == (name, count)
+    assert np.array_equal(np.load(name), frames)
+
+
 def test_clips_are_decoded_once_and_cached(clips, cache, monkeypatch):
     path = str(clips / "clip0.mp4")
     name, count = video.cached(path, (10, 12), video.decode_video)

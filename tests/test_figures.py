@@ -13,7 +13,7 @@ from PIL import Image
 
 import dreamer
 import tools
-from figures import grid, plot, report
+from figures import grid, openloop, plot, report, robustness
 
 
 def write_run(folder, values, *, steps=None, task="dmc_walker_stand", seed=0, key="eval/return", **options):
@@ -203,7 +203,7 @@ def test_the_same_run_named_twice_counts_once(sweep, capsys):
 
 @pytest.mark.parametrize("script", [plot, report])
 def test_nothing_to_plot(script, tmp_path, capsys):
-    assert script.main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
+    assert script.main([str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: nothing to plot")
     assert script.main([str(write_run(tmp_path / "a", [1.0])), "--metric", "eval/nope"]) == 2
 
@@ -248,6 +248,54 @@ def test_returns_of_different_scales_are_not_averaged(sweep, capsys):
     assert "--same_scale" in capsys.readouterr().err
     args.same_scale = True
     assert ("all tasks", "HRSSM") in plot.load(args)[1].final
+
+
+def test_rows_of_another_form_are_left_out(tmp_path):
+    run = write_run(tmp_path / "run", [10, 20])
+    with open(run / "metrics.jsonl", "a") as file:
+        for step in ('"many"', "null", "[]", "-1", "NaN", "true"):
+            file.write(f'{{"step": {step}, "eval/return": 5}}\n')
+        for value in ('"high"', "[1]", "{}", "true", "NaN", "1e400"):
+            file.write(f'{{"step": 300, "eval/return": {value}}}\n')
+        file.write("3\n[]\n" + "[" * 9999 + "\n")
+    (found,) = plot.read_runs([str(tmp_path)])
+    assert found.steps.tolist() == [100, 200] and found.values.tolist() == [10, 20]
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+
+
+PUBLISHED = ["", "3", "{}", "[1]", '[{"task": "t", "method": "m", "seed": 0, "xs": [1, 2], "ys": [1]}]']
+PUBLISHED += ['[{"task": [], "method": "m", "seed": 0, "xs": [1], "ys": [1]}]', "[" * 9999]
+PUBLISHED += ['[{"task": "t", "method": "m", "seed": 0, "xs": [[1]], "ys": [[1]]}]']
+PUBLISHED += ['[{"task": "t", "method": "m", "seed": 0, "xs": [NaN], "ys": [1]}]']
+
+
+@pytest.mark.parametrize("text", PUBLISHED)
+def test_published_curves_of_another_form(text, tmp_path):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(tools.UserError, match="cannot read --published"):
+        plot.read_published(str(tmp_path / "p.json"))
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "run,task\n", "run,task,return\nx\n", "\0"])
+def test_a_robustness_table_of_another_form(text, tmp_path, capsys):
+    write_run(tmp_path / "run", [10, 20])
+    (tmp_path / "r.csv").write_text(text)
+    argv = [str(tmp_path), "--robustness", str(tmp_path / "r.csv"), "--out", str(tmp_path / "r.html")]
+    assert report.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "r.csv" in error
+
+
+PROGRAMS = [plot.main, report.main, robustness.main, openloop.main]
+
+
+@pytest.mark.parametrize("main", PROGRAMS, ids=lambda main: main.__module__)
+def test_out_is_checked_before_the_work(main, tmp_path, capsys, monkeypatch):
+    for module, name in ((plot, "read_runs"), (robustness, "load")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it has begun to work"))
+    assert main(["x", "--out", str(tmp_path / "absent/x.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --out ") and error.count("\n") == 1
 
 
 def test_published_csv(tmp_path):

@@ -388,7 +388,7 @@ def test_a_smaller_replay_loads_the_newest_episodes(tmp_path):
     assert [episode[0][0] for episode in contents(small)] == [8, 9]
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "garbage", "empty", "keys", "rows", "shape", "scalar"])
 def test_damaged_files_are_skipped_with_a_warning(tmp_path, capsys, damage):
     replay = make()
     env = CountingEnv(0, [5, 6, 7])
@@ -406,8 +406,17 @@ def test_damaged_files_are_skipped_with_a_warning(tmp_path, capsys, damage):
     elif damage == "flipped":
         data[200] ^= 255
         path.write_bytes(data)
-    else:
+    elif damage in ("garbage", "empty"):
         path.write_bytes(b"garbage" if damage == "garbage" else b"")
+    else:
+        rows = dict(np.load(path))
+        changed = {
+            "keys": {"other": rows["reward"]},
+            "rows": {key: values[:-1] for key, values in rows.items()},
+            "shape": rows | {"image": rows["image"][:, :1]},
+            "scalar": rows | {"reward": np.float32(1)},
+        }
+        np.savez(path, **changed[damage])
     again = make()
     again.load(tmp_path, state)
     assert [len(episode) for episode in contents(again)] == [6, 8]

@@ -37,10 +37,10 @@ def sweep(tmp_path):
     (tmp_path / "setup").mkdir()
     shutil.copy(SWEEP, tmp_path / "setup")
     (tmp_path / "dreamer.py").write_text(TRAIN)
-    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     processes = []
 
     def start(arguments):
+        environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         command = [tmp_path / "setup/sweep.sh", "--logdir", tmp_path / "my runs", *arguments.split()]
         processes.append(
             subprocess.Popen(
@@ -62,6 +62,21 @@ def sweep(tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--tasks ..", "--tasks a,../b", "--tasks x,x", "--tasks gym_a/b,gym_a:b", "--tasks a --seeds 1,1", "--tasks a,"],
+)
+def test_names_that_share_a_folder_or_leave_it(arguments, sweep, tmp_path):
+    code, out, err = finish(sweep(arguments))
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not list(tmp_path.rglob("sweep.lock"))
+
+
+def test_a_sign_of_life(sweep, monkeypatch):
+    monkeypatch.setenv("SWEEP_SECONDS", "0.3")
+    code, out, err = finish(sweep("--tasks dmc_a -- --sleep 1.5"))
+    assert code == 0 and out.count("dmc_a/full/0:") >= 2, (out, err)
 
 
 def finish(process):

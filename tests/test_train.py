@@ -20,11 +20,11 @@ from PIL import Image
 import dreamer
 import envs
 import tools
-from figures import openloop
+from figures import openloop, plot
 from tests.bench.soak import DOT
 from tests.helpers import ROOT, SMALL, make_agent, make_config
 
-SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 240"
+SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 280"
 SHORT += " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --actor_start 2 --train_ratio 16"
 SHORT += " --eval_episode_num 2 --parallel False " + SMALL
 
@@ -148,9 +148,9 @@ def test_stopped_run_resumes(number, trained, tmp_path):
     assert after[: len(never_stopped)] == never_stopped and after[:kept] == before[:kept]
     steps, updates = [row["step"] for row in after], [row["update"] for row in after]
     assert steps == sorted(steps) and updates == sorted(updates), "no row is written twice"
-    assert [row["step"] for row in after if "eval/return" in row] == [120, 200, 280, 360, 440]
+    assert [row["step"] for row in after if "eval/return" in row] == [120, 200, 280, 360, 400]
     final = tools.load_checkpoint(logdir / "latest.pt")
-    assert final["count"]["policy_step"] == 220 and final["agent"]["actor_critic._extra_state"] == updates[-1] - 2
+    assert final["count"]["policy_step"] == 200 and final["agent"]["actor_critic._extra_state"] == updates[-1] - 2
 
 
 def start_in_process(line: str, logdir: Path) -> dreamer.Run:
@@ -261,7 +261,7 @@ def test_a_run_from_before_methods_goes_on(tmp_path, monkeypatch):
         run.close()
         os.close(lock)
     after = read_rows(logdir)
-    assert after[: len(before)] == before and after[-1]["step"] > 300 and after[-1]["update"] > before[-1]["update"]
+    assert after[: len(before)] == before and after[-1]["step"] == 304 and after[-1]["update"] > before[-1]["update"]
     assert np.isfinite(after[-1]["eval/return"])
     weights = tools.load_checkpoint(logdir / "latest.pt")["agent"]
     assert not any("hybrid" in name or "rssm" in name for name in weights)
@@ -272,9 +272,10 @@ def test_a_run_from_before_methods_goes_on(tmp_path, monkeypatch):
 
 def test_evaluating_a_run_from_before_methods(tmp_path, capsys):
     saved = json.loads((ROOT / "tests/data/run_before_methods/config.json").read_text())["config"]
-    config = SimpleNamespace(**vars(tools.load_config([])) | saved)
-    assert dreamer.evaluate_only(config, ROOT / "tests/data/run_before_methods", torch.device("cpu")) == 0
-    assert config.task in capsys.readouterr().out
+    logdir = tmp_path / "log"
+    shutil.copytree(ROOT / "tests/data/run_before_methods", logdir)
+    assert dreamer.main(["--eval_only", "--logdir", str(logdir), "--device", "cpu"]) == 0
+    assert saved["task"] in capsys.readouterr().out
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def test_resumed_run_restores_everything(trained):
 def test_finished_run_stays_finished(trained):
     before = read_rows(trained)
     done = run(trained)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Finished" in done.stdout and "give a larger --steps" in done.stdout, done.stderr
     assert read_rows(trained) == before
 
 
@@ -429,10 +430,44 @@ def test_evaluate_only(trained):
     before = read_rows(trained)
     done = run(trained, "--eval_only")
     assert done.returncode == 0, done.stderr
-    header, row = done.stdout.splitlines()[-2:]
+    header, row, written = done.stdout.splitlines()[-3:]
     assert header.split()[:4] == ["task", "episodes", "return", "std"]
     assert row.split()[:2] == ["dmc_cartpole_balance", "2"] and all(float(x) >= 0 for x in row.split()[2:4])
-    assert read_rows(trained) == before
+    assert read_rows(trained) == before and "Finished" not in done.stdout
+    saved = json.loads((trained / "eval_only.json").read_text())
+    assert saved["step"] == 280 and saved["results"][0]["return"] == pytest.approx(float(row.split()[2]), abs=0.05)
+    assert (trained / "video/eval_only_dmc_cartpole_balance_280.mp4").exists() and "eval_only.json" in written
+
+
+def test_evaluation_takes_its_options_from_the_folder(trained, capsys):
+    """Only --logdir is needed; another task says so, a robot that the agent does not know is refused."""
+
+    def evaluate(*argv: str) -> tuple[int, str, str]:
+        return dreamer.main(["--eval_only", "--logdir", str(trained), *argv]), *capsys.readouterr()
+
+    code, out, err = evaluate("--eval_episode_num", "1")
+    assert code == 0 and "dmc_cartpole_balance         1" in out and "other options" not in out, err
+    code, out, err = evaluate("--task", "dmc_cartpole_swingup", "--eval_episode_num", "1", "--time_limit", "20")
+    assert code == 0 and "dmc_cartpole_swingup         1" in out and "dmc_cartpole_balance  " not in out, err
+    assert "eval_task was [], now ['dmc_cartpole_swingup']" in out and "time_limit was 40, now 20" in out
+    assert_one_line_error(*evaluate("--task", "dmc_walker_stand")[::2], "can act in cartpole only")
+    assert_one_line_error(*evaluate("--units", "16")[::2], "does not fit these options")
+
+
+def test_a_trained_agent_acts_in_three_lines(trained, capsys):
+    agent = dreamer.load(trained)
+    obs, _ = agent.env.reset(seed=0)
+    action = agent.act(obs)
+    assert agent.env.action_space.contains(action) and not np.array_equal(action, agent.act(obs)), "it remembers"
+    agent.reset()
+    torch.manual_seed(0)
+    first = agent.act(obs)
+    agent.reset()
+    torch.manual_seed(0)
+    assert np.array_equal(first, agent.act(obs))
+    agent.env.close()
+    with pytest.raises(tools.UserError, match="holds no run"):
+        dreamer.load(trained / "video")
 
 
 def test_open_loop_of_a_finished_run(trained, tmp_path, capsys):
@@ -454,9 +489,9 @@ def test_evaluation_on_other_tasks(tmp_path):
     assert rows and all(f"eval/{name}/return" in row for row in rows for name in names)
     assert "eval/return" not in rows[-1]
     found = [row for row in read_rows(tmp_path) if "robustness/sensor_cs/denoising_factor" in row]
-    assert [row["step"] for row in found] == [120]
+    assert [row["step"] for row in found] == [100]
     assert all(list((tmp_path / "video").glob(f"*{name}*")) for name in names)
-    table = run(tmp_path, "--eval_only", "--eval_task", tasks).stdout.splitlines()[-3:]
+    table = run(tmp_path, "--eval_only", "--eval_task", tasks).stdout.splitlines()[-4:-1]
     assert [line.split()[0] for line in table] == tasks.split(",")
 
 
@@ -476,6 +511,178 @@ def test_weights_of_a_run_start_another(trained, tmp_path):
     done = run(tmp_path / "log", "--init_from", str(trained / "latest.pt"), "--steps", "100")
     assert done.returncode == 0, done.stderr
     assert "Loaded the weights of" in done.stdout
+
+
+# --- loses no work ---------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_met_exactly(tmp_path, dots):
+    """Also between two evaluations, and a longer run evaluates where it would have without the stop.
+
+    Exactly: at the first step of all environments, here 2 of 4 frames each, that reaches them.
+    """
+    start, run, logdir = dots
+    for steps in (304, 400):
+        run = start("--steps", str(steps))
+        dreamer.train(run, lambda: False)
+        assert run.step == steps and run.finished
+        run.close()
+    # Prefill is 20 policy steps of 4 frames.
+    assert [row["step"] for row in read_rows(logdir) if "eval/return" in row] == [80, 184, 280, 304, 384, 400]
+
+
+def test_a_lost_checkpoint_is_not_a_new_run(dots, capsys):
+    start, run, logdir = dots
+    run.close()
+    for path in logdir.glob("latest*.pt"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in [logdir / "metrics.jsonl", *logdir.glob("replay/*.npz")]}
+    argv = [*DOT.split(), "--logdir", str(logdir), "--steps", "100"]
+    assert_one_line_error(dreamer.main(argv), capsys.readouterr().err, "start anew with --fresh")
+    assert dreamer.main([*argv, "--fresh"]) == 0
+    (kept,) = (logdir / "replaced").iterdir()
+    for name, content in before.items():
+        assert next(kept.rglob(name)).read_bytes() == content
+    assert [row["step"] for row in read_rows(logdir) if "eval/return" in row] == [80, 104]
+    assert "is now in" in capsys.readouterr().out
+    # The same command again starts anew again; without --fresh it goes on.
+    assert dreamer.main(argv) == 0 and "Resumed" in capsys.readouterr().out
+    assert not json.loads((logdir / "config.json").read_text())["config"]["fresh"]
+    assert plot.find_runs([str(logdir)]) == [logdir]
+
+
+def test_a_run_killed_before_its_first_evaluation_goes_on(tmp_path):
+    run = start_in_process(DOT, tmp_path)
+    dreamer.train(run, lambda: run.count["policy_step"] == 18)
+    run.close()
+    assert (tmp_path / "metrics.jsonl").exists()
+    again = start_in_process(DOT, tmp_path)
+    assert again.count["policy_step"] == 18
+    again.close()
+
+
+def test_replay_without_a_readable_file(dots, capsys):
+    start, run, logdir = dots
+    for path in logdir.glob("replay/*.npz"):
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(tools.UserError, match="no file of .*replay is readable.*--fresh"):
+        start()
+
+
+STREAMS = {
+    "the reader of stdout is gone": "exec {python} {argv} | true",
+    "a full disk, and no stderr": "exec {python} {argv} >/dev/full 2>&-",
+    "no stdout": "exec {python} {argv} >&-",
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_output_that_nobody_takes_does_not_end_a_run(name, tmp_path):
+    """And SIGHUP, of a terminal that was closed, saves like SIGTERM."""
+    logdir = tmp_path / "log"
+    argv = f"{ROOT}/dreamer.py {DOT} --steps 100000000 --logdir {logdir}"
+    shell = f"set -o pipefail; {STREAMS[name].format(python=sys.executable, argv=argv)}"
+    process = subprocess.Popen(["bash", "-c", shell], stdin=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        wait_for(lambda: rows_written(logdir, 120), process)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or [process.pid]:
+            os.kill(int(pid), signal.SIGHUP)
+        assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    saved = tools.load_checkpoint(logdir / "latest.pt")
+    assert read_rows(logdir)[-1]["step"] in range(120, 4 * saved["count"]["policy_step"] + 1)
+    assert saved["logger"]["rows"] == len(read_rows(logdir))
+
+
+@pytest.mark.parametrize("program", ["dreamer.py --help", "figures/plot.py x", "setup/download.py demo"])
+@pytest.mark.parametrize("seconds", [0.15, 1.5])
+def test_ctrl_c_prints_no_traceback(program, seconds, tmp_path):
+    environ = os.environ | {"HRSSM_ASSETS": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, *program.split()],
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test may run in the background of a shell, where SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in out + err and "KeyboardInterrupt" not in out + err
+
+
+def test_a_log_shows_life(dots, capsys, monkeypatch):
+    """Where no terminal shows a bar: lines with losses, during updates and evaluations too."""
+    _, run, _ = dots
+    monkeypatch.setattr(tools.Heartbeat, "SECONDS", 0.0)
+    run.learner.owed = 2
+    run.learner.learn(run.step)
+    run.evaluate(lambda: False)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("model_loss" in line for line in lines) > 2 and any("evaluation: 1 of 1" in line for line in lines)
+    assert all(lines), "no empty lines"
+
+
+# --- malformed files --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_structure_is_one_line(dots):
+    start, run, logdir = dots
+    good = tools.load_checkpoint(logdir / "latest.pt")
+    broken = [
+        {"count": 3},
+        good | {"agent": {}},
+        good | {"agent": {"x": "y"}},
+        good | {"count": {"policy_step": 1}},
+    ]
+    broken += [good | {"optimizers": {}}, good | {"replay": []}, good | {"envs": "{"}, good | {"logger": None}]
+    name, weight = next((k, v) for k, v in good["agent"].items() if isinstance(v, torch.Tensor) and v.ndim > 1)
+    broken.append(good | {"agent": good["agent"] | {name: weight[:1, :1]}})
+    for state in broken:
+        torch.save(state, logdir / "latest.pt")
+        with pytest.raises(tools.UserError, match="latest.pt") as caught:
+            start()
+        assert "\n" not in str(caught.value)
+    (logdir / "latest.prev.pt").unlink()
+    for state in ({}, [1], torch.zeros(2), 5):
+        torch.save(state, logdir / "latest.pt")
+        with pytest.raises(tools.UserError, match="unreadable"):
+            start()
+
+
+@pytest.mark.parametrize("content", ["tensor", "list", "list inside", "agent is a list", "text"])
+def test_weights_of_another_form(content, tmp_path):
+    path = tmp_path / "latest.pt"
+    state = {"tensor": torch.zeros(3), "list": [1, 2], "list inside": {"_wm.dynamics.W": [1.0]}}
+    state |= {"agent is a list": {"agent": [1]}}
+    torch.save(state[content], path) if content in state else path.write_text("weights")
+    with pytest.raises(tools.UserError, match="latest.pt") as caught:
+        dreamer.load_weights(make_agent(), str(path))
+    assert "\n" not in str(caught.value) and path.exists(), "a file of the user keeps its name"
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"config": [], "runs": []}', '{"config": {}, "runs": {}}', "{", "[" * 9999]
+)
+def test_a_config_of_another_form(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(tools.UserError, match="config.json"):
+        tools.run_config(tmp_path)
+
+
+def test_a_config_with_impossible_values(trained, tmp_path):
+    saved = json.loads((trained / "config.json").read_text())
+    for key, value in (("units", "many"), ("size", 3), ("encoder", 5), ("act", "Foo"), ("seed", None)):
+        (tmp_path / "config.json").write_text(json.dumps(saved | {"config": saved["config"] | {key: value}}))
+        if key == "encoder":  # a group that is none has its defaults
+            tools.run_config(tmp_path)
+            continue
+        with pytest.raises(tools.UserError, match=f"{key}.* in .*config.json"):
+            tools.run_config(tmp_path)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
