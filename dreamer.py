@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import gymnasium
 import numpy as np
@@ -314,6 +315,10 @@ def env_options(config) -> dict:
         "distracting_cs_intensity": config.distracting_cs_intensity,
         "distracting_cs_dynamic": config.distracting_cs_dynamic,
         "scene_files": config.scene_files,
+        "holdout_clips": config.holdout_clips,
+        "eval_resource_files": config.eval_resource_files,
+        "distracting_cs_split": config.distracting_cs_split,
+        "unseen": False,
         "clean_image": config.video_pred_log,
     }
 
@@ -332,7 +337,29 @@ def eval_tasks(config) -> dict[str, str]:
     return tasks
 
 
-def make_envs(config, stream: str, start: int = 0, task: str = "", n: int = 0, first: int = 0) -> envs.Vector:
+class Evaluated(NamedTuple):
+    """A task to evaluate on; one with held-out clips is evaluated on those of training and on the held-out ones."""
+
+    task: str
+    clips: str  # "seen", "unseen", or "" if no clips are held out
+
+
+def evaluations(config) -> dict[str, Evaluated]:
+    """What is evaluated, by a name for its metrics; the training task without held-out clips has the name ""."""
+    found = {}
+    for name, task in eval_tasks(config).items():
+        for clips in ("seen", "unseen") if envs.has_unseen(task, **env_options(config)) else ("",):
+            found["/".join(filter(None, [name, clips]))] = Evaluated(task, clips)
+    return found
+
+
+def make_eval_envs(config, evaluated: Evaluated, stream: str = "eval", start: int = 0) -> envs.Vector:
+    return make_envs(config, stream, start, evaluated.task, unseen=evaluated.clips == "unseen")
+
+
+def make_envs(
+    config, stream: str, start: int = 0, task: str = "", n: int = 0, first: int = 0, unseen: bool = False
+) -> envs.Vector:
     return envs.make_vector(
         task or config.task,
         n or config.envs,
@@ -344,7 +371,7 @@ def make_envs(config, stream: str, start: int = 0, task: str = "", n: int = 0, f
         parallel=config.parallel,
         timeout=config.worker_timeout,
         niceness=19 if config.overlap else 0,  # what takes longer, learning, goes first
-        **env_options(config),
+        **env_options(config) | {"unseen": unseen},
     )
 
 
@@ -437,8 +464,8 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
     ]:
         print(f"Evaluates with other options than those of the run: {'; '.join(shown)}.", flush=True)
     agent, results = None, []
-    for task in eval_tasks(config).values():
-        vec = make_envs(config, "eval", task=task)
+    for evaluated in evaluations(config).values():
+        vec = make_eval_envs(config, evaluated)
         try:
             if agent is None:
                 agent = make_agent(config, vec.observation_space, vec.action_space, device)
@@ -451,7 +478,9 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
         finally:
             vec.close()
         low, high = interval(metrics)
-        results.append({"task": task} | metrics | {"low": low, "high": high, "frames": frames})
+        results.append(
+            {"task": " ".join(filter(None, evaluated))} | metrics | {"low": low, "high": high, "frames": frames}
+        )
     width = max(len(row["task"]) for row in results)
     print(f"{'task':{width}}  episodes   return      std  95% interval       success  length")
     for row in results:
@@ -638,8 +667,8 @@ class Run:
             tools.check_checkpoint_lost(logdir)
         n = config.envs // ranks
         self.rollout = Rollout(make_envs(config, "train", resumed_at, n=n, first=rank * n))
-        tasks = eval_tasks(config) if config.eval_episode_num > 0 and rank == 0 else {}
-        self.eval_envs = {name: make_envs(config, "eval", resumed_at, task) for name, task in tasks.items()}
+        tasks = evaluations(config) if config.eval_episode_num > 0 and rank == 0 else {}
+        self.eval_envs = {name: make_eval_envs(config, task, "eval", resumed_at) for name, task in tasks.items()}
         vec = self.rollout.vec
         self.agent = make_agent(config, vec.observation_space, vec.action_space, device)
         if rank:
@@ -764,6 +793,8 @@ class Run:
         for name, (metrics, frames, rows) in results.items():
             prefix = f"eval/{name}/" if name else "eval/"
             self.logger.scalars({prefix + key: value for key, value in metrics.items()})
+            if name == "seen":  # what `eval/return` is without held-out clips
+                self.logger.scalars({f"eval/{key}": value for key, value in metrics.items()})
             if frames is not None:
                 self.logger.video(f"{prefix}policy", frames)
             if rows:
@@ -937,8 +968,13 @@ def prepare(config) -> torch.device:
     """Check what can be checked before workers start, and set up torch."""
     if not config.logdir:
         raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
-    for task in {config.task, *eval_tasks(config).values()}:
-        envs.prepare(task, **env_options(config) | {"total_frames": 1})
+    for task, clips in {(config.task, ""), *evaluations(config).values()}:
+        envs.prepare(task, **env_options(config) | {"total_frames": 1, "unseen": clips == "unseen"})
+    held_out = config.holdout_clips or config.eval_resource_files
+    if held_out and not any(clips for _, clips in evaluations(config).values()):
+        raise tools.UserError(
+            "--holdout_clips and --eval_resource_files need a --task or --eval_task that shows clips: dmc_..._video"
+        )
     if config.robustness_every and not distracted_tasks(config):
         raise tools.UserError("--robustness_every needs a --task or --eval_task with distraction: dmc_..._video")
     device = pick_device(config.device)

@@ -13,6 +13,7 @@ process seconds and hundreds of MB.
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 
 import gymnasium
@@ -22,7 +23,8 @@ from gymnasium.wrappers import TimeLimit
 from envs.task import EnvError, Task
 from envs.vector import Vector
 
-__all__ = ["EnvError", "Task", "Vector", "check_same_state", "make", "make_vector", "parse_task", "prepare"]
+__all__ = ["EnvError", "Task", "Vector", "check_same_state", "clip_names", "has_unseen", "make", "make_vector"]
+__all__ += ["parse_task", "prepare"]
 
 SUITES = {
     "dmc": "envs.dmc",
@@ -30,7 +32,7 @@ SUITES = {
     "ms": "envs.maniskill",
     "rms": "envs.realistic_maniskill",
 }
-STREAMS = ("train", "eval")
+STREAMS = ("train", "eval", "paired", "final")  # of random numbers; `envs.paired` has one of its own
 
 
 def parse_task(task: str) -> Task:
@@ -57,6 +59,10 @@ def prepare(
     distracting_cs_intensity: float = 0.1,
     distracting_cs_dynamic: bool = True,
     scene_files: str = "../Matterport/data/matterport3d/*.glb",
+    holdout_clips: float = 0.0,
+    eval_resource_files: str = "",
+    distracting_cs_split: bool = False,
+    unseen: bool = False,
     clean_image: bool = False,
 ) -> Callable[[], gymnasium.Env]:
     """Check the task and its files, decode the videos it needs, and return a constructor that can be pickled.
@@ -76,6 +82,10 @@ def prepare(
         distracting_cs_intensity: difficulty of `distracting_cs` and `sensor_cs`.
         distracting_cs_dynamic: whether these distractions move within an episode.
         scene_files: glob or folder of the rooms (.glb) of an `rms` task.
+        holdout_clips: share of the clips of `_video`, `_video_easy` and `_video_hard` tasks that only evaluation shows.
+        eval_resource_files: glob or folder of the clips of a `_video` task that only evaluation shows, instead.
+        distracting_cs_split: evaluation of `distracting_cs` shows DAVIS' validation clips too. (Read by `has_unseen`.)
+        unseen: show the clips that only evaluation shows, not those of training.
         clean_image: for distracted control-suite tasks, also observe `clean_image`, the frame without distraction,
             rendered by a second simulator that plays the same actions.
 
@@ -85,6 +95,8 @@ def prepare(
     parsed = parse_task(task)
     if min(*size, action_repeat, time_limit) < 1 or total_frames < 0:
         raise EnvError("size, action_repeat and time_limit must be at least 1, and total_frames at least 0")
+    if holdout_clips and eval_resource_files:
+        raise EnvError("--holdout_clips and --eval_resource_files both choose the held-out clips: give one of them")
     family = functools.partial(
         _suite(parsed.suite).prepare,
         size=tuple(size),
@@ -99,9 +111,28 @@ def prepare(
         distracting_cs_intensity=distracting_cs_intensity,
         distracting_cs_dynamic=distracting_cs_dynamic,
         scene_files=scene_files,
+        holdout_clips=holdout_clips,
+        eval_resource_files=eval_resource_files,
+        unseen=unseen,
     )
     twin = family(parsed._replace(variant="")) if clean_image and parsed.suite == "dmc" and parsed.variant else None
     return functools.partial(_construct, family(parsed), twin, time_limit)
+
+
+def has_unseen(task: str, **options) -> bool:
+    """Whether `task` has background clips that only evaluation shows. Options as in `prepare`."""
+    parsed = parse_task(task)
+    return parsed.suite == "dmc" and _suite("dmc").has_unseen(parsed, **options)
+
+
+def clip_names(task: str, **options) -> list[str]:
+    """Names of the clips from which the backgrounds of `task` are drawn; [] if it has none."""
+    parsed = parse_task(task)
+    return (
+        [os.path.basename(clip) for clip in _suite("dmc").find_clips(parsed, **options)]
+        if parsed.suite == "dmc"
+        else []
+    )
 
 
 def make(task: str, **options) -> gymnasium.Env:
@@ -122,10 +153,10 @@ def make_vector(
     first: int = 0,
     **options,
 ) -> Vector:
-    """`n` environments of one task, each with its own random stream; `train` and `eval` streams are disjoint.
+    """`n` environments of one task, each with its own random stream; those of different `stream`s are disjoint.
 
     Args:
-        stream: "train" or "eval".
+        stream: one of STREAMS: "train", "eval" or "final".
         parallel: one worker process per environment; otherwise all run in this process, one after the other.
         shared_seed: seed every simulator with `seed`, as the original research code did (equal initial states).
         timeout: seconds after which a worker that does not respond is replaced; 0 = never.

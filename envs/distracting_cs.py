@@ -19,7 +19,7 @@ from envs.distraction import Distraction, call_gl, upload_texture
 from envs.task import EnvError
 
 DOMAINS = ("ball_in_cup", "cartpole", "cheetah", "finger", "reacher", "walker")
-# difficulty -> number of DAVIS videos, from the start of the training list
+# difficulty -> number of DAVIS videos, from the start of a list
 VIDEOS = {0.025: 2, 0.05: 2, 0.1: 4, 0.15: 6, 0.2: 8, 0.3: 60, 0.4: 60, 0.5: 60}
 GROUND_ALPHA = {"reacher": 0.0, "walker": 1.0, "cheetah": 1.0}  # others 0.3
 SKY = 0  # index of the sky among the textures of these domains
@@ -37,6 +37,13 @@ DAVIS = (
     "schoolgirls", "scooter-board", "scooter-gray", "sheep", "skate-park", "snowboard", "soccerball", "stroller",
     "stunt", "surf", "swing", "tennis", "tractor-sand", "train", "tuk-tuk", "upside-down", "varanus-cage", "walking",
 )
+# Its validation list.
+DAVIS_VALIDATION = (
+    "bike-packing", "blackswan", "bmx-trees", "breakdance", "camel", "car-roundabout", "car-shadow", "cows",
+    "dance-twirl", "dog", "dogs-jump", "drift-chicane", "drift-straight", "goat", "gold-fish", "horsejump-high",
+    "india", "judo", "kite-surf", "lab-coat", "libby", "loading", "mbike-trick", "motocross-jump",
+    "paragliding-launch", "parkour", "pigs", "scooter-black", "shooting", "soapbox",
+)
 # fmt: on
 
 
@@ -49,27 +56,35 @@ def check(domain: str, difficulty: float) -> None:
 
 
 def make_distraction(
-    mode: str, domain: str, difficulty: float, dynamic: bool, camera: int, resource_path: str, seed: int
+    mode: str,
+    domain: str,
+    difficulty: float,
+    dynamic: bool,
+    camera: int,
+    resource_path: str,
+    seed: int,
+    unseen: bool = False,
 ) -> "Together":
     """The distraction `distracting_cs` or `sensor_cs`. Raises EnvError for missing videos or undefined settings."""
     check(domain, difficulty)
     parts: list[Distraction] = [Camera(domain, difficulty, dynamic, camera)]
     if mode == "distracting_cs":
-        folders = find_videos(resource_path)[: VIDEOS[difficulty]]
+        folders = find_videos(resource_path, difficulty, unseen)
         clips = [video.cached(folder, (SKY_EDGE, SKY_EDGE), decode_sky) for folder in folders]
         parts = [Background(clips, GROUND_ALPHA.get(domain, 0.3), dynamic), *parts, Color(difficulty, dynamic)]
     return Together(parts, seed)
 
 
-def find_videos(resource_path: str) -> list[str]:
-    """Folders of the DAVIS training videos in list order, in `resource_path` or the asset folder."""
+def find_videos(resource_path: str, difficulty: float, unseen: bool = False) -> list[str]:
+    """Folders of the first DAVIS training videos, or validation videos (`unseen`), that the benchmark uses."""
     root = Path(assets.find("davis", "DAVIS/JPEGImages/480p", resource_path))
-    missing = [name for name in DAVIS if not next((root / name).glob("*.jpg"), None)]
+    names = DAVIS_VALIDATION if unseen else DAVIS
+    missing = [name for name in names if not next((root / name).glob("*.jpg"), None)]
     if missing:
         raise EnvError(
-            f"{root} lacks {len(missing)} of {len(DAVIS)} videos ({missing[0]}): run python setup/download.py davis"
+            f"{root} lacks {len(missing)} of {len(names)} videos ({missing[0]}): run python setup/download.py davis"
         )
-    return [str(root / name) for name in DAVIS]
+    return [str(root / name) for name in names[: VIDEOS[difficulty]]]
 
 
 class Together(Distraction):

@@ -81,6 +81,9 @@ def prepare(
     ds_resource_path: str,
     distracting_cs_intensity: float,
     distracting_cs_dynamic: bool,
+    holdout_clips: float,
+    eval_resource_files: str,
+    unseen: bool,
     **_,
 ) -> Callable[[], gymnasium.Env]:
     """Check everything, decode the clips that `task` needs, and return the constructor of the environment."""
@@ -95,6 +98,9 @@ def prepare(
         source = video.make_source(
             img_source,
             resource_files=resource_files,
+            holdout_clips=holdout_clips,
+            eval_resource_files=eval_resource_files,
+            unseen=unseen,
             total_frames=total_frames,
             size=size,
             clip_seed=int(seed.generate_state(1)[0]),
@@ -109,7 +115,7 @@ def prepare(
         from envs import dmc_gs
 
         edits = dmc_gs.look(dmc_gs.GREEN_SCREEN[task.variant])
-        distraction = dmc_gs.GreenScreen(dmc_gs.find_clips(task.variant, size))
+        distraction = dmc_gs.GreenScreen(dmc_gs.find_clips(task.variant, size, holdout_clips, unseen))
     elif task.variant:
         from envs import distracting_cs
 
@@ -121,6 +127,7 @@ def prepare(
             camera=camera,
             resource_path=ds_resource_path,
             seed=distraction_seed,
+            unseen=unseen,
         )
     return functools.partial(
         ControlSuite,
@@ -133,6 +140,50 @@ def prepare(
         edits=edits,
         distraction=distraction,
     )
+
+
+def has_unseen(
+    task: Task,
+    *,
+    img_source: str,
+    holdout_clips: float,
+    eval_resource_files: str,
+    distracting_cs_split: bool,
+    **_,
+) -> bool:
+    """Whether there are background clips of `task` that only evaluation shows."""
+    if task.variant == "video":
+        return img_source in ("video", "images") and bool(holdout_clips or eval_resource_files)
+    return distracting_cs_split if task.variant == "distracting_cs" else "video" in task.variant and holdout_clips > 0
+
+
+def find_clips(
+    task: Task,
+    *,
+    img_source: str,
+    resource_files: str,
+    holdout_clips: float,
+    eval_resource_files: str,
+    ds_resource_path: str,
+    distracting_cs_intensity: float,
+    unseen: bool,
+    **_,
+) -> list[str]:
+    """Files or folders of the clips from which the backgrounds of `task` are drawn."""
+    if task.variant == "video" and img_source in ("video", "images"):
+        from envs import video
+
+        named = {"resource_files": resource_files, "eval_resource_files": eval_resource_files}
+        return video.find_clips(img_source, **named, holdout_clips=holdout_clips, unseen=unseen)
+    if task.variant in ("video_easy", "video_hard"):
+        from envs import dmc_gs
+
+        return dmc_gs.find_files(task.variant, holdout_clips, unseen)
+    if task.variant == "distracting_cs":
+        from envs import distracting_cs
+
+        return distracting_cs.find_videos(ds_resource_path, distracting_cs_intensity, unseen)
+    return []
 
 
 class ControlSuite(gymnasium.Env):

@@ -134,13 +134,21 @@ def is_green(image: np.ndarray) -> np.ndarray:
     return (hue >= 100) & (hue <= 185) & (saturation >= 80) & (saturation <= 255) & (value >= 70) & (value <= 255)
 
 
-def find_clips(mode: str, size: tuple[int, int]) -> list[video.Clip]:
-    """The decoded videos of `video_easy` or `video_hard`, in the order of their numbers."""
+def find_files(mode: str, holdout_clips: float = 0.0, unseen: bool = False) -> list[str]:
+    """Videos of `video_easy` or `video_hard` in the order of their numbers: for training, or the held-out ones."""
     folder = Path(assets.find("dmcgs", mode))
     files = sorted(folder.glob("video*.mp4"), key=lambda path: int(path.stem.removeprefix("video") or 0))
-    clips = [clip for file in files if (clip := video.cached(str(file), size, decode_rgb))]
+    if not files:
+        raise EnvError(f"no video in {folder}: get them with python setup/download.py dmcgs")
+    return video.split([str(file) for file in files], holdout_clips, unseen)
+
+
+def find_clips(mode: str, size: tuple[int, int], holdout_clips: float = 0.0, unseen: bool = False) -> list[video.Clip]:
+    """The decoded videos of `find_files`."""
+    files = find_files(mode, holdout_clips, unseen)
+    clips = [clip for file in files if (clip := video.cached(file, size, decode_rgb))]
     if not clips:
-        raise EnvError(f"no video in {folder} can be decoded: get them with python setup/download.py dmcgs")
+        raise EnvError(f"{files[0]} cannot be decoded, nor the others: get them with python setup/download.py dmcgs")
     return clips
 
 

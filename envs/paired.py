@@ -33,8 +33,7 @@ def render(
     env.close()
     observations = []
     for k in range(draws):
-        # len(STREAMS) is an index that neither training nor evaluation uses.
-        env = envs.make(task, seed=np.random.SeedSequence([seed, len(envs.STREAMS), k]), **options)
+        env = envs.make(task, seed=np.random.SeedSequence([seed, envs.STREAMS.index("paired"), k]), **options)
         observations.append([rollout(env, actions[e, 1:], e, k * episodes + e) for e in range(episodes)])
         env.close()
         for distracted, reference in zip(observations[-1], clean, strict=True):

@@ -28,16 +28,16 @@ Clip = tuple[str, int]  # .npy file of frames (N, H, W) uint8, and the number of
 Decoder = Callable[[str, tuple[int, int]], list[np.ndarray]]
 
 
-def make_source(kind: str, *, resource_files: str, total_frames: int, size: tuple[int, int], clip_seed: int, seed: int):
+def make_source(kind: str, *, total_frames: int, size: tuple[int, int], clip_seed: int, seed: int, **clips):
     """The source `kind` (video, images, color or noise) with frames of `size` (H, W).
 
-    `clip_seed` selects the clips, `seed` seeds everything else.
+    `clip_seed` selects from the files of `find_clips(kind, **clips)`, `seed` seeds everything else.
 
     Raises:
-        EnvError: unknown kind, no file matches `resource_files`, or none of them can be read.
+        EnvError: unknown kind, no file matches, or none of them can be read.
     """
     if kind in DECODERS:
-        files = find_files(kind, resource_files)
+        files = find_clips(kind, **clips)
         return Clips(select(files, total_frames, size, np.random.default_rng(clip_seed), DECODERS[kind]), seed)
     if kind == "color":
         return Colour(seed)
@@ -108,7 +108,39 @@ class Noise:
         return self._rng.integers(0, 256, self._shape, np.uint8)
 
 
-def find_files(kind: str, pattern: str) -> list[str]:
+def find_clips(
+    kind: str, *, resource_files: str, holdout_clips: float, eval_resource_files: str, unseen: bool
+) -> list[str]:
+    """The files for training, or with `unseen` those that only evaluation shows. Raises EnvError if there are none."""
+    files = find_files(kind, resource_files)
+    if not eval_resource_files:
+        return split(files, holdout_clips, unseen)
+    named = find_files(kind, eval_resource_files, "--eval_resource_files")
+    if unseen:
+        return named
+    excluded = {os.path.realpath(file) for file in named}
+    files = [file for file in files if os.path.realpath(file) not in excluded]
+    if not files:
+        raise EnvError(f"--eval_resource_files {eval_resource_files} leaves no clip of {resource_files} to train on")
+    return files
+
+
+def split(files: Sequence[str], share: float, unseen: bool) -> list[str]:
+    """The files that are held out (`unseen`), or the others. Raises EnvError if there are none."""
+    chosen = [file for file in files if is_held_out(file, share) == unseen]
+    if not chosen:
+        count = "none" if unseen else "all"
+        raise EnvError(f"--holdout_clips {share} holds out {count} of the {len(files)} clips: choose another share")
+    return chosen
+
+
+def is_held_out(file: str, share: float) -> bool:
+    """True for about `share` of all names. It depends on the name alone, so more clips do not change the split."""
+    digest = hashlib.sha256(os.path.basename(file).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def find_files(kind: str, pattern: str, option: str = "--resource_files") -> list[str]:
     """Sorted files that match a glob, or all files of a folder. Raises EnvError if there are none."""
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
@@ -116,7 +148,7 @@ def find_files(kind: str, pattern: str) -> list[str]:
     files = sorted(path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path))
     if not files:
         noun, example = ("video", "DIR/*.mp4") if kind == "video" else ("picture", "DIR/*.jpg")
-        raise EnvError(f"no {noun} matches {pattern}: put files there or pass --resource_files '{example}'")
+        raise EnvError(f"no {noun} matches {pattern}: put files there or pass {option} '{example}'")
     if any((Path(folder) / GENERATED).exists() for folder in {os.path.dirname(path) for path in files}):
         warnings.warn(f"{pattern} are generated stand-ins: results on them are not comparable", stacklevel=2)
     return files

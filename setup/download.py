@@ -36,7 +36,7 @@ import requests
 from tqdm import tqdm
 
 from envs import assets
-from envs.distracting_cs import DAVIS
+from envs.distracting_cs import DAVIS, DAVIS_VALIDATION
 from envs.realistic_maniskill import MODELS
 
 DMCGS_URL = "https://raw.githubusercontent.com/nicklashansen/dmcontrol-generalization-benchmark/main/src/env/data"
@@ -183,7 +183,7 @@ def get_davis(folder: Path, source: str | None) -> None:
                 f"{source} holds no DAVIS videos such as {DAVIS[0]}: give the folder of JPEGImages/480p"
             )
         target = folder / "DAVIS/JPEGImages/480p"
-        for name in tqdm(DAVIS, desc="davis", disable=None):
+        for name in tqdm((*DAVIS, *DAVIS_VALIDATION), desc="davis", disable=None):
             if (pictures / name).is_dir():
                 shutil.copytree(pictures / name, target / name, dirs_exist_ok=True)
     else:
@@ -273,7 +273,7 @@ def get_demo(folder: Path, source: str | None) -> None:
         write_text(target / "colors.json", json.dumps(tables))
         write_text(target / assets.GENERATED, "")
     if not (assets.root() / "davis").exists():
-        for name in DAVIS:
+        for name in (*DAVIS, *DAVIS_VALIDATION):
             video_folder = assets.root() / "davis/DAVIS/JPEGImages/480p" / name
             video_folder.mkdir(parents=True, exist_ok=True)
             for t, frame in enumerate(landscape(rng, 6)):

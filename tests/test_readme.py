@@ -68,7 +68,7 @@ def glossary() -> re.Pattern:
 
 
 def test_commands_are_found():
-    assert len(TRAINING) == 7
+    assert len(TRAINING) == 9
     for word in ("_video ", "rms_", "gym_my_env", "--method dreamer", "--eval_task"):
         assert any(word in " ".join(argv) for argv in TRAINING), word
     programs = {word for words in COMMANDS for word in words if (ROOT / word).is_file()}
