@@ -386,15 +386,15 @@ def evaluate(
     stopped: Callable[[], bool] = lambda: False,
     rows: list[dict] | None = None,
     say: Callable[[str], None] = tools.say,
+    finished: list[tuple] | None = None,
 ) -> tuple[dict, np.ndarray | None]:
     """Mean over the first `episodes` episodes to finish, and the frames (T,H,W,C) of one of them.
 
-    A long evaluation says now and then how far it is.
-
-    `rows` collects what replay would hold of that one: observations and the actions that led to them.
+    `rows` collects what replay would hold of that one: observations and the actions that led to them. `finished`
+    collects return, length and success of every episode. `say` reports the progress of a long evaluation.
     """
-    rollout, finished, frames, recording = Rollout(vec), [], [], True
-    heartbeat = tools.Heartbeat()
+    rollout, frames, recording, heartbeat = Rollout(vec), [], True, tools.Heartbeat()
+    finished = [] if finished is None else finished
     while len(finished) < episodes and not stopped():
         rollout.begin()
         if recording and vec.render_mode == "rgb_array":
@@ -489,6 +489,8 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
     with tools.writing(logdir):
         step = checkpoint["count"]["policy_step"] * config.action_repeat if checkpoint else 0
         save_evaluation(logdir, step, config, results)
+    if config.final_episodes:
+        final_evaluation(agent, config, logdir, step)
     return 0
 
 
@@ -542,6 +544,61 @@ def load(logdir: str | Path, device: str = "cpu", **options) -> Player:
     with tools.reading(f"{logdir}/latest.pt does not fit these options", "leave them out"):
         load_agent(agent, checkpoint["agent"])
     return Player(agent, env)
+
+
+def final_evaluation(
+    agent: Agent, config, logdir: Path, step: int, stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Write final_eval.json: `final_episodes` episodes on every task, unless `stopped()` ends it.
+
+    Starts and random numbers are its own and depend on the seed alone, so it repeats whenever it is made.
+    """
+    tools.seed_everything(config.seed)
+    results = {}
+    for name, evaluated in evaluations(config).items():
+        finished: list[tuple] = []
+        vec = make_eval_envs(config, evaluated, "final")
+        try:
+            evaluate(agent, vec, config.final_episodes, stopped, finished=finished)
+        finally:
+            vec.close()
+        if stopped():
+            return
+        returns, lengths, successes = np.array(finished[: config.final_episodes], np.float64).T
+        options = env_options(config) | {"unseen": evaluated.clips == "unseen"}
+        results[f"eval/{name}" if name else "eval"] = {
+            "task": evaluated.task,
+            "clips": {"held_out": options["unseen"], "names": envs.clip_names(evaluated.task, **options)},
+            **summarise(returns),
+            "success": successes.mean(),
+            "returns": returns.tolist(),
+            "lengths": lengths.tolist(),
+        }
+    about = {"task": config.task, "method": config.method, "seed": config.seed, "step": step}
+    about |= {"episodes": config.final_episodes, "config_hash": tools.config_hash(config), **tools.provenance(config)}
+    path = logdir / "final_eval.json"
+    with tools.writing(logdir):
+        logdir.mkdir(parents=True, exist_ok=True)
+        tools.write_atomic(
+            path, lambda file: file.write(json.dumps(about | {"evaluations": results}, indent=2).encode())
+        )
+    print(f"Final evaluation: {path}", flush=True)
+
+
+def summarise(returns: np.ndarray) -> dict:
+    """Mean, deviation and interquartile mean of returns (n,); 95% intervals from a bootstrap over the episodes."""
+    drawn = np.random.default_rng(0).choice(returns, (2000, len(returns)))
+
+    def interval(values: np.ndarray) -> list[float]:
+        return np.percentile(values, [2.5, 97.5]).tolist()
+
+    return {
+        "mean": returns.mean(),
+        "mean_interval": interval(drawn.mean(1)),
+        "std": returns.std(),
+        "iqm": stats.trim_mean(returns, 0.25),
+        "iqm_interval": interval(stats.trim_mean(drawn, 0.25, axis=1)),
+    }
 
 
 def interval(metrics: dict[str, float]) -> tuple[float, float]:
@@ -1045,6 +1102,10 @@ def main(argv: list[str] | None = None) -> int:
         run, lock = start(config, device, argv)
         try:
             train(run, lambda: bool(received))
+            done = tools.read_final_evaluation(run.logdir)
+            missing = done is None or (done["step"], done["episodes"]) != (run.step, config.final_episodes)
+            if run.finished and run.rank == 0 and config.final_episodes and missing and not received:
+                final_evaluation(run.agent, config, run.logdir, run.step, lambda: bool(received))
         except KeyboardInterrupt:
             print("Stopped at once; what came after the last checkpoint is lost. The same command goes on.", flush=True)
             return 128 + signal.SIGINT

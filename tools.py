@@ -6,6 +6,7 @@ import ctypes
 import difflib
 import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import inspect
 import io
@@ -497,18 +498,38 @@ def read_config(logdir: Path) -> dict | None:
     return saved
 
 
-def save_config(config: SimpleNamespace, logdir: Path, argv: list[str]) -> None:
-    """Write the resolved config to logdir/config.json and append this start to its list of runs. Raises UserError."""
-    logdir = Path(logdir)
-    saved = read_config(logdir) or {"runs": []}
+def provenance(config: SimpleNamespace) -> dict:
+    """When, where and with which code a result is made."""
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    run = {
-        "command": [sys.argv[0], *argv],
+    return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "git": git_state(ROOT),
         "versions": {"python": sys.version.split()[0], **{name: package_version(name) for name in PACKAGES}},
     }
+
+
+def config_hash(config: SimpleNamespace) -> str:
+    """Of the options that a resumed run may not change."""
+    options, flat = read_options()[0], flatten(vars(config))
+    text = json.dumps({key: flat[key] for key in sorted(flat) if not options[key].may_change})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_final_evaluation(logdir: Path) -> dict | None:
+    """final_eval.json of a run (see `dreamer.final_evaluation`), None if there is none or it is not readable."""
+    try:
+        found = json.loads((Path(logdir) / "final_eval.json").read_text())
+        return found if {"step", "episodes", "evaluations"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def save_config(config: SimpleNamespace, logdir: Path, argv: list[str]) -> None:
+    """Write the resolved config to logdir/config.json and add this start to its list of runs. Raises UserError."""
+    logdir = Path(logdir)
+    saved = read_config(logdir) or {"runs": []}
+    run = {"command": [sys.argv[0], *argv], **provenance(config)}
     text = json.dumps({"config": vars(config), "runs": [*saved["runs"], run]}, indent=2)
     try:
         logdir.mkdir(parents=True, exist_ok=True)

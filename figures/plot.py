@@ -12,7 +12,8 @@ mean is the mean, and the interval is too narrow to rely on.
 - Binning: bin k of width W (--bin; default: the largest eval_every of the runs) holds the rows with
   k W <= step < (k+1) W. Each run contributes the mean of its rows in the bin, plotted at the mean of their steps.
   Nothing is interpolated. Lines are faded where not all runs of a group have data.
-- Final results: the latest bin that all runs of a task have reached. They are averaged over tasks only where returns
+- Final results: of the final evaluations (final_eval.json) if all runs of a task have one, otherwise of the latest bin
+  that all runs of a task have reached. They are averaged over tasks only where returns
   share a scale, as in DeepMind Control (0 to 1000), or with --same_scale.
 - Methods: the option `method` of the saved config, and the options that differ between runs of the same task and
   method, such as `HRSSM without bisimulation` or `HRSSM mask ratio 0.3`. Variants of a method that differ in more than
@@ -76,6 +77,7 @@ class Run(NamedTuple):
     values: np.ndarray
     logdir: Path | None = None  # None for published runs
     config: dict | None = None  # options by dotted name
+    final: tuple[float, float] | None = None  # step and value of the final evaluation
 
 
 class Point(NamedTuple):
@@ -142,7 +144,9 @@ def read_runs(paths: Sequence[str], *, metric: str = "eval/return", method: str 
             tools.warn(f"{logdir} skipped: it has no {metric} yet")
             continue
         steps, values = np.array(sorted(points.items()), float).T
-        runs.append(Run(config["task"], "", config["seed"], steps, values, logdir, config))
+        last = read_final(logdir, metric)
+        last = last if last and last[0] >= steps[-1] else None
+        runs.append(Run(config["task"], "", config["seed"], steps, values, logdir, config, last))
     if not runs:
         raise tools.UserError(f"nothing to plot: no run with {metric} in {' '.join(map(str, paths))}")
     runs = name_methods(runs, METHODS | {"hrssm": method})
@@ -150,6 +154,16 @@ def read_runs(paths: Sequence[str], *, metric: str = "eval/return", method: str 
     for name in sorted({name for name in names if names.count(name) > 1}):
         tools.warn(f"{names.count(name)} runs of {name[0]}, {name[1]}, seed {name[2]}: they count as different seeds")
     return runs
+
+
+def read_final(logdir: Path, metric: str) -> tuple[float, float] | None:
+    """Step and mean of `metric` (a return) in final_eval.json, None without it."""
+    found, (name, _, key) = tools.read_final_evaluation(logdir), metric.rpartition("/")
+    if not found or key != "return":
+        return None
+    evaluations = found["evaluations"]
+    result = evaluations.get(name) or (evaluations.get("eval/seen") if name == "eval" else None)
+    return (found["step"], result["mean"]) if result else None
 
 
 def name_methods(runs: list[Run], names: dict[str, str]) -> list[Run]:
@@ -268,7 +282,8 @@ def curve(runs: Sequence[Run], width: float) -> list[Point]:
 
 
 def final(groups: dict[tuple[str, str], list[Run]], width: float, together: bool) -> dict[tuple[str, str], Point]:
-    """(task, method) -> result in the latest bin that all runs of the task have reached; other tasks are left out.
+    """(task, method) -> result of the final evaluations if all runs of the task have one, else in the latest bin that
+    all of them have reached; other tasks are left out.
 
     `together` adds results over tasks as ("all tasks", method), for methods with runs on all tasks.
     """
@@ -276,6 +291,9 @@ def final(groups: dict[tuple[str, str], list[Run]], width: float, together: bool
     for task in unique(task for task, _ in groups):
         binned = {method: [bins(run, width) for run in runs] for (t, method), runs in groups.items() if t == task}
         common = set.intersection(*(set(run_bins) for run_bins in sum(binned.values(), [])))
+        if all(run.final for (t, _), runs in groups.items() if t == task for run in runs):
+            binned = {method: [{0: run.final} for run in groups[task, method]] for method in binned}
+            common = {0}
         if not common:
             tools.warn(f"{task}: no final result, its runs share no bin of {width:g} frames")
             continue

@@ -88,6 +88,21 @@ def progress(runs: Sequence[plot.Run]) -> str:
     return table(["task", "method", "seed", "step", "", "last value", "hours", "folder"], rows)
 
 
+def final_evaluations(runs: Sequence[plot.Run]) -> str:
+    """One row per run and evaluation in final_eval.json."""
+    rows = []
+    for run in runs:
+        found = tools.read_final_evaluation(run.logdir) or {"evaluations": {}}
+        for name, result in found["evaluations"].items():
+            where = f"{name} (held-out clips)" if result["clips"]["held_out"] else name
+            numbers = [result["mean"], *result["mean_interval"], result["std"], result["iqm"], *result["iqm_interval"]]
+            label = (run.task, run.method, str(run.seed), where)
+            rows.append((*label, len(result["returns"]), *numbers, f"{found['config_hash']} {found['step']:,}"))
+    intervals = ["mean", "95% low", "95% high", "std", "IQM", "95% low", "95% high"]
+    header = ["task", "method", "seed", "evaluation", "episodes", *intervals, "configuration, step"]
+    return table(header, rows) if rows else "<p>None (--final_episodes).</p>"
+
+
 def differences(runs: Sequence[plot.Run]) -> tuple[str, str]:
     """Tables of the options that differ between runs, with a column per (task, method), and of those all runs share."""
     groups = plot.group(runs)
@@ -216,7 +231,11 @@ frames. Lines are faded where not all runs have data. With fewer than four runs 
 interval is too narrow to rely on.{html.escape(dashed)}</p>
 <h2>Final results</h2>
 {final(results)}
-<p class="note">In the latest bin that all runs of a task have reached.</p>
+<p class="note">Of the final evaluations if all runs of a task have one, otherwise in the latest bin that all of them
+have reached.</p>
+<h2>Final evaluations</h2>
+{final_evaluations(runs)}
+<p class="note">Intervals: bootstrap over the episodes of one run. They do not tell how seeds differ.</p>
 <h2>Runs</h2>
 {progress(runs)}
 <h2>Differing options</h2>

@@ -233,7 +233,7 @@ def test_values_that_an_option_allows_load(data):
     value = data.draw(inside(key))
     # What other options have for an end follows.
     argv = ["--actor_max_std=100"] if key == "actor_min_std" else []
-    argv += ["--actor_min_std=1e-300"] if key == "actor_max_std" and value < 0.1 else []
+    argv += ["--actor_min_std=5e-324"] if key == "actor_max_std" and value < 0.1 else []
     argv += ["--eval_every=1e6", "--time_limit=1e6"] if key == "action_repeat" else []
     argv += ["--disag_offset=0"] if key == "batch_length" else []
     if isinstance(DEFAULTS[key], list):

@@ -13,6 +13,7 @@ import dreamer
 import envs
 import tools
 from envs import distracting_cs, video
+from figures import plot, report
 from tests.helpers import SMALL, make_config
 from tests.test_train import start_in_process
 
@@ -168,3 +169,71 @@ def test_no_frame_of_a_held_out_clip_enters_replay(clips, tmp_path):
     assert len(rows) == 2
     assert all(row["eval/return"] == row["eval/seen/return"] and "eval/unseen/return" in row for row in rows)
     assert len(list((tmp_path / "log/video").glob("eval_unseen_policy_*.mp4"))) == 2
+
+
+# --- the final evaluation -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with a final evaluation on seen and held-out clips, and its arguments."""
+    folder = tmp_path_factory.mktemp("final")
+    for level in LEVELS:
+        cv2.imwrite(str(folder / f"{level}.png"), np.full((64, 64, 3), level, np.uint8))
+    argv = f"{SHORT} --img_source images --resource_files {folder}/*.png --final_episodes 5 --logdir {folder / 'log'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HRSSM_CACHE", str(folder / "cache"))
+        assert dreamer.main(argv.split()) == 0
+        yield folder / "log", argv.split()
+
+
+def test_final_evaluation(finished):
+    logdir, argv = finished
+    found = tools.read_final_evaluation(logdir)
+    assert (found["step"], found["episodes"], found["seed"], found["method"]) == (160, 5, 0, "hrssm")
+    assert found["config_hash"] == tools.config_hash(tools.load_config(argv))
+    assert found["git"]["commit"] and found["versions"]["torch"]
+    assert list(found["evaluations"]) == ["eval/seen", "eval/unseen"]
+    names = [set(result["clips"]["names"]) for result in found["evaluations"].values()]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == len(LEVELS)
+    for result in found["evaluations"].values():
+        returns = np.array(result["returns"])
+        assert len(returns) == len(result["lengths"]) == 5
+        assert (result["mean"], result["std"]) == pytest.approx((returns.mean(), returns.std()))
+        for name in ("mean", "iqm"):
+            low, high = result[f"{name}_interval"]
+            assert low <= result[name] <= high
+
+
+def test_final_evaluation_is_made_once_and_repeats(finished, capsys):
+    logdir, argv = finished
+    path = logdir / "final_eval.json"
+    first, when = tools.read_final_evaluation(logdir), path.stat().st_mtime_ns
+    assert dreamer.main(argv) == 0
+    assert path.stat().st_mtime_ns == when, "the same command does not evaluate again"
+    for again in ([*argv, "--eval_only"], argv):
+        path.unlink()
+        assert dreamer.main(again) == 0
+        assert tools.read_final_evaluation(logdir)["evaluations"] == first["evaluations"]
+    assert "dmc_walker_stand_video unseen" in capsys.readouterr().out
+
+
+def test_summary_of_returns():
+    summary = dreamer.summarise(np.array([0.0, 10, 20, 30, 40, 50, 60, 1000]))
+    assert summary["iqm"] == 35 and summary["mean"] == pytest.approx(151.25)
+    equal = dreamer.summarise(np.full(10, 7.0))
+    assert (equal["mean"], equal["mean_interval"], equal["iqm_interval"]) == (7, [7, 7], [7, 7])
+
+
+def test_plot_and_report_read_it(finished, tmp_path):
+    logdir, _ = finished
+    found = tools.read_final_evaluation(logdir)["evaluations"]
+    for metric, name in (("eval/return", "eval/seen"), ("eval/unseen/return", "eval/unseen")):
+        runs = plot.read_runs([logdir], metric=metric)
+        results = plot.analyse(runs, [], metric=metric, width=0, same_scale=False)
+        assert [(point.step, point.iqm) for point in results.final.values()] == [(160, found[name]["mean"])]
+    (logdir / "final_eval.json").rename(tmp_path / "kept")
+    assert plot.read_runs([logdir])[0].final is None
+    (tmp_path / "kept").rename(logdir / "final_eval.json")
+    assert report.main([str(logdir), "--out", str(tmp_path / "report.html")]) == 0
+    assert "eval/unseen (held-out clips)" in (tmp_path / "report.html").read_text()

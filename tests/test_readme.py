@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import cv2
 import gymnasium
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 import dreamer
 import envs
 import tools
+from envs import distracting_cs
 from setup import download
 from tests.helpers import ROOT, SMALL, make_batch, make_config
 
@@ -88,8 +90,12 @@ def test_training_commands_run(argv, tmp_path):
     here.mkdir()
     (tmp_path / "distractors").mkdir()
     clip = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    for name in (*distracting_cs.DAVIS, *distracting_cs.DAVIS_VALIDATION):
+        (tmp_path / "DAVIS/JPEGImages/480p" / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "DAVIS/JPEGImages/480p" / name / "0.jpg"), clip[0])
     (here / "my_env.py").write_text(ENVS.split("```python\n")[1].split("```")[0])
-    tools.save_mp4(tmp_path / "distractors" / "clip.mp4", clip, 10)
+    for i in range(6, 10):  # clip8 is held out
+        tools.save_mp4(tmp_path / "distractors" / f"clip{i}.mp4", clip, 10)
     done = subprocess.run(
         [sys.executable, str(ROOT / "dreamer.py"), *argv, *SHORT.split()],
         cwd=here,
