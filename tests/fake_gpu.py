@@ -2,9 +2,10 @@
 
     python tests/fake_gpu.py check 'OPTIONS' ...     at a small size; fails at a CPU tensor, a look at a value, or an
                                                      operation without deterministic CUDA code
+    python tests/fake_gpu.py mutants 'OPTIONS' ...   the same with each of `MUTANTS`; prints how it fails
     python tests/fake_gpu.py count 'OPTIONS' ...     at the size of OPTIONS; prints kernel launches per update by part
 
-A process of its own, since it renames torch's spare backend. MUTANT names one of `MUTANTS`, which must make it fail.
+A process of its own, since it renames torch's spare backend.
 """
 
 import os
@@ -162,9 +163,9 @@ def index_by_a_mask() -> None:
     networks.symlog = lambda x: symlog(x) + x[x > 0.0].sum()
 
 
-def keep_a_constant_on_the_cpu() -> None:
-    symlog, one = networks.symlog, torch.ones(1)
-    networks.symlog = lambda x: symlog(x) * one.to(x)
+def make_a_tensor_on_the_cpu() -> None:
+    symlog = networks.symlog
+    networks.symlog = lambda x: symlog(x) * torch.ones(1).to(x)
 
 
 def make_a_tensor_of_a_number() -> None:
@@ -191,7 +192,7 @@ MUTANTS = {
     for mutant in (
         look_at_a_value,
         index_by_a_mask,
-        keep_a_constant_on_the_cpu,
+        make_a_tensor_on_the_cpu,
         make_a_tensor_of_a_number,
         pad_by_reflection,
         make_state_while_recording,
@@ -199,16 +200,28 @@ MUTANTS = {
 }
 
 
+def check_mutants(argv: list[str]) -> None:
+    for name, mutant in MUTANTS.items():
+        if not (child := os.fork()):
+            mutant()
+            outcome = "not caught"
+            try:
+                check(argv)
+            except Exception as error:
+                outcome = " ".join(str(error).split())
+            print(f"{name}: {outcome}", flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
 def main() -> None:
     command, *lines = sys.argv[1:]
     found = torch.__version__.split("+")[0]
     assert found == TORCH, f"torch is {found}: look in it for callers of alertNotDeterministic, then raise TORCH"
     prepare()
-    if mutant := os.environ.get("MUTANT"):
-        MUTANTS[mutant]()
     for line in lines:
         with FakeTensorMode():
-            {"check": check, "count": count}[command](line.split())
+            {"check": check, "mutants": check_mutants, "count": count}[command](line.split())
 
 
 if __name__ == "__main__":

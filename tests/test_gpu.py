@@ -38,10 +38,11 @@ CHECKED = [
 ]
 
 
-def fake_gpu_program(*argv: str, mutant: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tests/fake_gpu.py"), *argv]
-    environ = os.environ | {"MUTANT": mutant, "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
+def fake_gpu_program(*argv: str) -> str:
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/fake_gpu.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 # --- on a device without data ---------------------------------------------------------------------------------------
@@ -50,15 +51,13 @@ def fake_gpu_program(*argv: str, mutant: str = "") -> subprocess.CompletedProces
 def test_nothing_leaves_the_gpu():
     """No CPU tensor, no look at a value and no operation without deterministic CUDA code, in updates and acting."""
     assert {re.search(r"--method (\w+)|$", line)[1] or "hrssm" for line in CHECKED} == set(dreamer.METHODS)
-    done = fake_gpu_program("check", *CHECKED)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("launches") == len(CHECKED)
+    assert fake_gpu_program("check", *CHECKED).count("launches") == len(CHECKED)
 
 
 SYMPTOMS = {
     "look_at_a_value": "aten._local_scalar_dense",
     "index_by_a_mask": "aten.nonzero",
-    "keep_a_constant_on_the_cpu": "met a tensor on cpu",
+    "make_a_tensor_on_the_cpu": "met a tensor on cpu",
     "make_a_tensor_of_a_number": "met a tensor on cpu",
     "pad_by_reflection": "aten.reflection_pad2d_backward.default has no deterministic CUDA code",
     "make_state_while_recording": "make_capturable comes first",
@@ -67,9 +66,9 @@ SYMPTOMS = {
 
 def test_each_mutant_is_caught_on_the_gpu():
     assert SYMPTOMS.keys() == fake_gpu.MUTANTS.keys()
+    outcomes = dict(re.findall(r"^(\w+): (.*)$", fake_gpu_program("mutants", "--method rssm"), re.MULTILINE))
     for mutant, symptom in SYMPTOMS.items():
-        done = fake_gpu_program("check", "--method rssm", mutant=mutant)
-        assert done.returncode == 1 and symptom in done.stderr, (mutant, done.stderr[-1000:])
+        assert symptom in outcomes[mutant], (mutant, outcomes)
 
 
 def test_list_of_operations_is_that_of_the_pinned_torch():
@@ -79,9 +78,7 @@ def test_list_of_operations_is_that_of_the_pinned_torch():
 
 def test_launches_per_update_do_not_grow():
     """At the default size. Fewer is better: then lower the bounds."""
-    done = fake_gpu_program("count", "")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {key: int(value) for key, value in re.findall(r"([a-z ]+)=(\d+)", done.stdout)}
+    found = {key: int(value) for key, value in re.findall(r"(\w[a-z ]*)=(\d+)", fake_gpu_program("count", ""))}
     assert found["update"] == found["recurrence step"] * 64 + found["imagination step"] * 15 + found["rest"]
     for part, bound in LAUNCHES.items():
         assert found[part] <= bound, found
@@ -104,7 +101,7 @@ def emulated(monkeypatch):
 def learn(argv: list[str], recorded: bool, updates: int = 14, start: int = 6) -> tuple:
     """Metrics of each update, weights and random state of an agent that acts and learns; behaviour from `start` on."""
     discrete = "onehot" in argv
-    agent = make_agent(*argv, vectors=True)
+    agent = make_agent(*argv, vectors=True, discrete=discrete)
     if recorded:
         agent.record()
     torch.manual_seed(1)
@@ -130,7 +127,7 @@ def assert_recorded_is_eager(argv: list[str]) -> None:
 
 RECORDED = [
     "--slow_target_update 3 --encoder.mlp_keys .*",
-    "--method repo --beta_lr 0.01 --actor_dist onehot --imag_gradient both --expl_behavior random --opt nadam",
+    "--method repo --beta_lr 0.01 --actor_dist onehot --imag_gradient both --expl_behavior random --opt sgd",
     "--method dreamer --decoder.cnn_depth 4 --expl_behavior plan2explore --disag_models 2 --opt momentum",
     "--method r2dreamer --video_pred_log --decoder.cnn_depth 4",
     "--method infonce --augmentation shift --expl_amount 0.3",
@@ -193,7 +190,7 @@ def rows_of(logdir: Path) -> list[dict]:
 def test_recorded_run_has_the_rows_of_an_eager_one(emulated, tmp_path):
     """The whole command with prefetched batches, stopped by SIGTERM among replayed updates and resumed."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    line = f"{DOT} --steps 200 --pretrain 4 --actor_start 8 --deterministic_run False --save_every 0"
+    line = f"{DOT} --pretrain 4 --actor_start 8 --deterministic_run False --save_every 0"
     argv = [*line.split(), "--slow_target_update", "3", "--logdir"]
     learn, init, agents = dreamer.Learner.learn, tools.Replay.__init__, []
 
@@ -273,10 +270,11 @@ def test_state_made_ahead_is_that_of_the_first_step(opt):
             before = [p.detach().clone() for p in layer.parameters()]
             optimizer._make_state()
             assert all(map(torch.equal, layer.parameters(), before)) and not optimizer._without_state()
-            optimizer.optimizer.param_groups[0]["capturable"] = True
+            # Torch refuses this on a CPU to those that are not fused.
+            optimizer.optimizer.param_groups[0]["capturable"] = opt == "adam"
             optimizer.load_state_dict(empty)
-            assert not optimizer._without_state()
-            optimizer.optimizer.param_groups[0]["capturable"] = False
+            assert bool(optimizer._without_state()) == (opt not in ("adam", "sgd"))
+            optimizer._make_state()
         for _ in range(3):
             optimizer.step(layer(torch.ones(4, 3)).square().sum())
         weights.append(layer.weight.detach())
@@ -291,7 +289,7 @@ def test_warm_up_updates_may_all_be_undone(emulated, tmp_path):
     run = dreamer.Run(config, tmp_path, torch.device("cpu"))
     try:
         dreamer.train(run, lambda: run.count["policy_step"] == 20)
-        drawn = run.replay.sample()
+        run.learner.actor_start, drawn = 0, run.replay.sample()
         for scale in (np.nan, np.nan, np.nan, 1.0, 1.0):
             batch = drawn | {"reward": drawn["reward"] * scale}
             emulated.setattr(run.replay, "batches", lambda count, batch=batch: iter([batch]))
@@ -300,8 +298,8 @@ def test_warm_up_updates_may_all_be_undone(emulated, tmp_path):
     finally:
         run.close()
     assert run.learner.skipped == 3 and len(run.agent.update.graphs) == 1
-    state = run.agent.optimizers["model"].optimizer.state.values()
-    assert {float(values["step"]) for values in state} == {0.0, 2.0} or {float(v["step"]) for v in state} == {2.0}
+    steps = {float(values["step"]) for values in run.agent.optimizers["model"].optimizer.state.values()}
+    assert 2.0 in steps and steps <= {0.0, 2.0}
 
 
 def test_absent_card_is_one_line(monkeypatch):
@@ -378,34 +376,46 @@ def test_card_that_renders(gpu, visible, chosen, expected, monkeypatch):
 
 
 RENDER = """
-import os, sys
-import dreamer, envs, torch
-dreamer.pick_device = lambda name: torch.device("cuda", int(sys.argv[1]))
-torch.cuda.Stream = None
-config = dreamer.tools.load_config(["--device", f"cuda:{sys.argv[1]}", "--logdir", "unused", "--task", "dmc_walker_stand"])
-dreamer.prepare(config)
+import os, sys, envs
+from envs import dmc
+envs.render_on(int(sys.argv[1]))
 env = envs.make("dmc_walker_stand")
 assert env.reset()[0]["image"].std() > 1
 print(os.environ.get("MUJOCO_EGL_DEVICE_ID"), os.environ["HRSSM_RENDER_DEVICE"])
 """
 
 
-def render_with(device: str, **environ: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", RENDER, device]
-    clean = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES", "MUJOCO_GL")}
-    return subprocess.run(command, cwd=ROOT, env=clean | environ, capture_output=True, text=True, timeout=300)
-
-
-def test_environments_render_on_the_card_that_learns():
-    """Set before the simulator is loaded, and unless the user has. A card that cannot render costs a warning."""
+def test_simulator_starts_on_the_chosen_card():
+    """Here, where EGL has one device. A card that cannot render costs a warning."""
     dmc.check_rendering()
     if os.environ["MUJOCO_GL"] != "egl":
         pytest.skip("only EGL can choose a card")
-    assert render_with("0").stdout.split() == ["0", "0"]
-    absent = render_with("7")
-    assert absent.stdout.split() == ["None", "7"], absent.stderr
-    assert "MUJOCO_EGL_DEVICE_ID=7" in absent.stderr and "rendering with MUJOCO_GL=egl" in absent.stderr
-    assert render_with("7", MUJOCO_EGL_DEVICE_ID="0").stdout.split() == ["0", "7"]
+    environ = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES")}
+    for gpu, device in (("0", "0"), ("7", "None")):
+        command = [sys.executable, "-c", RENDER, gpu]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+        assert done.stdout.split() == [device, gpu], done.stderr
+    assert "MUJOCO_EGL_DEVICE_ID=7" in done.stderr and "rendering with MUJOCO_GL=egl" in done.stderr
+
+
+@pytest.mark.parametrize("device, ranks, expected", [("cuda:1", "", 1), ("auto", "", None), ("auto", "1", 1)])
+def test_environments_render_where_learning_goes(device, ranks, expected, monkeypatch):
+    """Said before anything of the simulator is loaded; a run that names no card leaves the choice to EGL."""
+    said = []
+
+    def stop(*_, **__):
+        raise envs.EnvError("far enough")
+
+    monkeypatch.setattr(envs, "render_on", said.append)
+    monkeypatch.setattr(envs, "prepare", stop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    if ranks:
+        monkeypatch.setenv("LOCAL_RANK", ranks)
+    with pytest.raises(envs.EnvError, match="far enough"):
+        dreamer.prepare(tools.load_config(["--device", device, "--logdir", "unused"]))
+    assert said == [number for number in [expected] if number is not None]
 
 
 def test_where_to_render_can_be_said_before(monkeypatch):
