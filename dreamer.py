@@ -821,7 +821,7 @@ def pick_device(name: str) -> torch.device:
         raise tools.UserError(f"--device {name}: no CUDA device is available here; use --device auto or cpu")
     if not name.startswith("cuda"):
         return torch.device(name)
-    number, count = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    number, count = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
         hint = f"there are {count} CUDA devices, cuda:0 to cuda:{count - 1}" if count > 1 else "there is only cuda:0"
         raise tools.UserError(f"--device {name}: there is no cuda:{number} here; {hint}")

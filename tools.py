@@ -738,6 +738,7 @@ class Optimizer:
         """The state of each parameter that has none as it is before the first step: a step with gradients of 0."""
         if not (missing := self._without_state()):
             return
+        own: list[Tensor] = list(missing)
         weights = [p.detach().clone() for p in missing]
         gradients = [p.grad for p in self.params]
         self.optimizer.zero_grad(set_to_none=True)
@@ -747,7 +748,7 @@ class Optimizer:
         for p, gradient in zip(self.params, gradients, strict=True):
             p.grad = gradient
         with torch.no_grad():
-            torch._foreach_copy_(missing, weights)
+            torch._foreach_copy_(own, weights)
             for p in missing:
                 for name, value in self.optimizer.state[p].items():
                     value.fill_(1.0 if name == "mu_product" else 0.0)  # NAdam's product of momenta
@@ -839,7 +840,9 @@ class CudaGraphs:
                     outputs = self.function(*args, **kwargs)
             except RuntimeError as error:
                 first: BaseException = error
-                while isinstance(first.__context__, RuntimeError):  # the end of a broken recording raises another error over it
+                while isinstance(
+                    first.__context__, RuntimeError
+                ):  # the end of a broken recording raises another error over it
                     first = first.__context__
                 reason = (str(first).strip() or repr(first)).splitlines()[0]
                 raise UserError(f"recording a CUDA graph failed ({reason}): use --compile off") from error

@@ -23,7 +23,17 @@ from gymnasium.wrappers import TimeLimit
 from envs.task import EnvError, Task
 from envs.vector import Vector
 
-__all__ = ["EnvError", "Task", "Vector", "check_same_state", "make", "make_vector", "parse_task", "prepare", "render_on"]
+__all__ = [
+    "EnvError",
+    "Task",
+    "Vector",
+    "check_same_state",
+    "make",
+    "make_vector",
+    "parse_task",
+    "prepare",
+    "render_on",
+]
 
 SUITES = {
     "dmc": "envs.dmc",

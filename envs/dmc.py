@@ -285,8 +285,9 @@ def egl_device(gpu: str) -> str | None:
 def check_rendering() -> None:
     """Choose and test MuJoCo's rendering backend: MUJOCO_GL if set, else egl, else osmesa with a warning.
 
-    EGL renders on CUDA device HRSSM_RENDER_DEVICE, if set; on another, with a warning, if it cannot. The test runs in a subprocess, because a failed attempt cannot be undone within a process. Processes started later
-    inherit the choice. Raises EnvError that names the packages to install.
+    EGL renders on CUDA device HRSSM_RENDER_DEVICE, if set; on another, with a warning, if it cannot. The test runs in a
+    subprocess, because a failed attempt cannot be undone within a process. Processes started later inherit the choice.
+    Raises EnvError that names the packages to install.
     """
     chosen, gpu = os.environ.get("MUJOCO_GL"), os.environ.get("HRSSM_RENDER_DEVICE")
     device = egl_device(gpu) if gpu else None

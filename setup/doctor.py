@@ -155,7 +155,16 @@ def check_vulkan() -> Iterator[Line]:
         yield "warn", f"no rms_* and ms_* tasks: {reason}", fix
 
 
-CHECKS = [check_python, check_packages, check_torch, check_rendering, check_cards, check_vulkan, check_cache, check_replay]
+CHECKS = [
+    check_python,
+    check_packages,
+    check_torch,
+    check_rendering,
+    check_cards,
+    check_vulkan,
+    check_cache,
+    check_replay,
+]
 
 
 def main() -> int:

@@ -23,7 +23,6 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dreamer
-import hrssm
 import models
 import networks
 import tools
@@ -39,7 +38,9 @@ NOT_DETERMINISTIC = re.compile(
     r"_ctc_loss_backward|put_?|histc|bincount|index_reduce\w*|scatter_reduce\w*|kthvalue|median)\b"
 )
 LIBRARY = torch.library.Library("aten", "IMPL")
-NO_LAUNCH = re.compile(r"prim\.|aten\.(empty|new_empty|empty_like|empty_strided|new_empty_strided|detach|_unsafe_view)\b")
+NO_LAUNCH = re.compile(
+    r"prim\.|aten\.(empty|new_empty|empty_like|empty_strided|new_empty_strided|detach|_unsafe_view)\b"
+)
 
 
 class Backend(_DummyBackendModule):

@@ -59,7 +59,7 @@ SYMPTOMS = {
     "index_by_a_mask": "aten.nonzero",
     "make_a_tensor_on_the_cpu": "met a tensor on cpu",
     "make_a_tensor_of_a_number": "met a tensor on cpu",
-    "pad_by_reflection": "aten.reflection_pad2d_backward.default has no deterministic CUDA code",
+    "pad_by_reflection": "aten.reflection_pad1d_backward.default has no deterministic CUDA code",
     "make_state_while_recording": "make_capturable comes first",
 }
 
@@ -212,7 +212,7 @@ def test_recorded_run_has_the_rows_of_an_eager_one(emulated, tmp_path):
             signal.signal(number, handler)
     assert [len(agent.update.graphs) for agent in agents] == [2, 1] and all(len(a.act.graphs) == 2 for a in agents)
     eager, recorded = (rows_of(tmp_path / name) for name in ("eager", "recorded"))
-    assert len(eager) > 10 and "loss/actor_loss" in eager[-1]
+    assert len(eager) > 10 and any("loss/actor_loss" in row for row in eager)
     assert recorded == eager
 
 
@@ -252,7 +252,9 @@ def test_failed_recording_is_one_line(emulated):
     recorded = tools.CudaGraphs(lambda x: x * x.sum().item())
     for _ in range(tools.CudaGraphs.WARMUP):
         recorded(torch.ones(2))
-    with pytest.raises(tools.UserError, match="recording a CUDA graph failed .*looks at a value.*--compile off") as error:
+    with pytest.raises(
+        tools.UserError, match="recording a CUDA graph failed .*looks at a value.*--compile off"
+    ) as error:
         recorded(torch.ones(2))
     assert "\n" not in str(error.value) and not tools.CudaGraphs.recording and not tools.CudaGraphs.lock.locked()
 
@@ -317,7 +319,9 @@ def test_absent_card_is_one_line(monkeypatch):
 def test_replay_that_does_not_fit_on_the_card(monkeypatch, capsys, tmp_path):
     """It stays in memory and says so; the thread that copies batches over uses the learner's card."""
     current = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append((threading.current_thread().name, device)))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: current.append((threading.current_thread().name, device))
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Card", (), {"uuid": "test"}))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     monkeypatch.setattr(tools.tempfile, "gettempdir", lambda: str(tmp_path))
