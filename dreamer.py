@@ -96,9 +96,13 @@ class Agent(nn.Module):
             self.world_model.loss = torch.compile(self.world_model.loss, fullgraph=True, dynamic=False)
             self.actor_critic.loss = torch.compile(self.actor_critic.loss, fullgraph=True, dynamic=False)
         if mode not in ("off", "False") and self.device.type == "cuda":
-            for optimizer in self.optimizers.values():
-                optimizer.make_capturable()
-            self.update, self.act = tools.CudaGraphs(self.update), tools.CudaGraphs(self.act)
+            self.record()
+
+    def record(self) -> None:
+        """Make updates and acting CUDA graphs."""
+        for optimizer in self.optimizers.values():
+            optimizer.make_capturable()
+        self.update, self.act = tools.CudaGraphs(self.update), tools.CudaGraphs(self.act)
 
     @property
     def device(self) -> torch.device:
@@ -455,6 +459,8 @@ def use_trained_task(config) -> None:
 
 def evaluate_only(config, logdir: Path, device: torch.device) -> int:
     """Evaluate the run in `logdir`, or `--init_from`; print a table, and write eval_only.json and a video per task."""
+    if config.eval_episode_num < 1:
+        raise tools.UserError("--eval_only needs episodes: set --eval_episode_num to at least 1")
     checkpoint = None if config.init_from else tools.load_checkpoint(logdir / "latest.pt", device)
     if checkpoint is None and not config.init_from:
         raise tools.UserError(f"{logdir}/latest.pt does not exist: train first, or give weights with --init_from")
@@ -1003,11 +1009,14 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise tools.UserError(f"--device {name}: no CUDA device is available here; use --device auto or cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.startswith("cuda:"):
-        torch.cuda.set_device(name)
-    return torch.device(name)
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    number, count = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        hint = f"there are {count} CUDA devices, cuda:0 to cuda:{count - 1}" if count > 1 else "there is only cuda:0"
+        raise tools.UserError(f"--device {name}: there is no cuda:{number} here; {hint}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def warn_idle_options(method: str, argv: list[str]) -> None:
@@ -1025,6 +1034,9 @@ def prepare(config) -> torch.device:
     """Check what can be checked before workers start, and set up torch."""
     if not config.logdir:
         raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
+    device = pick_device(config.device)
+    if device.type == "cuda" and (config.device.startswith("cuda:") or "LOCAL_RANK" in os.environ):
+        envs.render_on(device.index)  # learn and render on one card
     for task, clips in {(config.task, ""), *evaluations(config).values()}:
         envs.prepare(task, **env_options(config) | {"total_frames": 1, "unseen": clips == "unseen"})
     held_out = config.holdout_clips or config.eval_resource_files
@@ -1034,7 +1046,6 @@ def prepare(config) -> torch.device:
         )
     if config.robustness_every and not distracted_tasks(config):
         raise tools.UserError("--robustness_every needs a --task or --eval_task with distraction: dmc_..._video")
-    device = pick_device(config.device)
     tools.keep_memory()
     busy = config.envs if config.overlap and config.parallel else 0
     torch.set_num_threads(config.threads or tools.default_threads(busy))
@@ -1112,6 +1123,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             run.close()
             os.close(lock)
+        tools.stop_ranks()
     except (tools.UserError, envs.EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,7 +18,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import warnings
 import zipfile
 import zlib
 from array import array
@@ -691,6 +694,12 @@ def start_ranks(device: torch.device) -> tuple[int, int]:
     return 0, 1
 
 
+def stop_ranks() -> None:
+    """At the end of a run that went well; after an error the others are not there to say goodbye to."""
+    if several_ranks():
+        dist.destroy_process_group()
+
+
 def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -829,6 +838,8 @@ class Optimizer:
         loss.backward(inputs=self.params, retain_graph=retain_graph)
         average_ranks([p.grad for p in self.params if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
+        # What is made during a recording would be made anew by every replay.
+        assert not (CudaGraphs.recording and self._without_state()), f"{self.name}: make_capturable comes first"
         if self.weight_decay:
             with torch.no_grad():
                 torch._foreach_mul_([p for p in self.params if p.grad is not None], 1.0 - self.weight_decay)
@@ -836,9 +847,36 @@ class Optimizer:
         return {f"{self.name}_loss": loss.detach(), f"{self.name}_grad_norm": norm.detach()}
 
     def make_capturable(self) -> None:
-        """Keep step counters on the device, so that a CUDA graph can hold the step; SGD has none and ignores it."""
+        """Let a CUDA graph hold the step: counters on the device, and all that the first step would make made now."""
+        # Of the steps before a recording.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         for group in self.optimizer.param_groups:
             group["capturable"] = True
+        self._make_state()
+
+    def _without_state(self) -> list[nn.Parameter]:
+        """Parameters whose state the next step with a gradient would make."""
+        groups = [group for group in self.optimizer.param_groups if group.get("momentum") != 0]  # plain SGD has none
+        return [p for group in groups for p in group["params"] if not self.optimizer.state.get(p)]
+
+    def _make_state(self) -> None:
+        """The state of each parameter that has none as it is before the first step: a step with gradients of 0."""
+        if not (missing := self._without_state()):
+            return
+        own: list[Tensor] = list(missing)
+        weights = [p.detach().clone() for p in missing]
+        gradients = [p.grad for p in self.params]
+        self.optimizer.zero_grad(set_to_none=True)
+        for p in missing:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        for p, gradient in zip(self.params, gradients, strict=True):
+            p.grad = gradient
+        with torch.no_grad():
+            torch._foreach_copy_(own, weights)
+            for p in missing:
+                for name, value in self.optimizer.state[p].items():
+                    value.fill_(1.0 if name == "mu_product" else 0.0)  # NAdam's product of momenta
 
     def state_dict(self) -> dict:
         return self.optimizer.state_dict()
@@ -851,6 +889,8 @@ class Optimizer:
             # The checkpoint may come from another kind of device.
             for group, capturable in zip(self.optimizer.param_groups, kept, strict=True):
                 group["capturable"] = capturable
+            if any(kept):
+                self._make_state()
             return
         # In place: what has been recorded on a GPU goes on with the same tensors.
         for index, values in own.items():
@@ -878,10 +918,15 @@ class CudaGraphs:
     Arguments are tensors, values that decide what is done, and nests of both. For each combination of values and shapes
     the first calls run as they are, the next is recorded, and from then on the recording is replayed. So the function
     must do the same every time: fixed shapes, no look at a tensor's value, no state on the host. Results lie in memory
-    that the next call of the same kind overwrites.
+    that the next call of the same kind overwrites. Raises UserError if the recording fails: what CUDA and the allocator
+    then hold is unknown, so there is no going on without.
     """
 
     WARMUP = 3
+    recording = False
+    # Held while one thread records, and by other threads while they use the device: a recording fails if memory is
+    # allocated meanwhile, on the device or pinned.
+    lock = threading.Lock()
 
     def __init__(self, function: Callable):
         self.function, self.calls, self.graphs = function, {}, {}
@@ -900,16 +945,35 @@ class CudaGraphs:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if key not in self.graphs:
-            graph, inputs = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
+            inputs = [x.clone() for x in tensors]
             static = iter(inputs)
             args, kwargs = structure.unflatten([next(static) if isinstance(x, Tensor) else x for x in leaves])
-            with torch.cuda.graph(graph):
-                outputs = self.function(*args, **kwargs)
-            self.graphs[key] = graph, inputs, outputs
-        graph, inputs, outputs = self.graphs[key]
+            self.graphs[key] = *self._record(args, kwargs), inputs
+        graph, outputs, inputs = self.graphs[key]
         torch._foreach_copy_(inputs, tensors, non_blocking=True)
         graph.replay()
         return outputs
+
+    def _record(self, args: tuple, kwargs: dict) -> tuple:
+        """The graph, and where it leaves its results."""
+        graph = torch.cuda.CUDAGraph()
+        with CudaGraphs.lock:
+            CudaGraphs.recording = True
+            try:
+                # Not "global", which would forbid the threads of NCCL and of pinned memory their calls.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    outputs = self.function(*args, **kwargs)
+            except RuntimeError as error:
+                first: BaseException = error
+                while isinstance(
+                    first.__context__, RuntimeError
+                ):  # the end of a broken recording raises another error over it
+                    first = first.__context__
+                reason = (str(first).strip() or repr(first)).splitlines()[0]
+                raise UserError(f"recording a CUDA graph failed ({reason}): use --compile off") from error
+            finally:
+                CudaGraphs.recording = False
+        return graph, outputs
 
 
 # --- replay ---------------------------------------------------------------------------------------------------------
@@ -930,6 +994,28 @@ def describe_rows(values: Tensor | np.ndarray) -> list:
 
 
 GPU_SHARE = 0.7  # fraction of a GPU's free memory that replay may use
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current one of this thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@contextlib.contextmanager
+def alone_on(device: torch.device) -> Iterator[None]:
+    """Of a user's processes on one GPU only one is inside at a time."""
+    file = None
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device).uuid  # its number depends on CUDA_VISIBLE_DEVICES
+        with contextlib.suppress(OSError):
+            file = open(Path(tempfile.gettempdir()) / f"hrssm-{os.getuid()}-{card}.lock", "w")  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
 
 
 class Replay:
@@ -968,7 +1054,7 @@ class Replay:
         self.device = torch.device(device)
         # On the CPU the learner uses all cores, and a batch is cheap.
         self.prefetch = self.device.type == "cuda" if prefetch is None else prefetch
-        self.thread = ThreadPoolExecutor(1) if self.prefetch else None
+        self.thread = ThreadPoolExecutor(1, "replay", use_device, (self.device,)) if self.prefetch else None
         self.rng = np.random.default_rng(seed)
         self.storage: dict[str, Tensor] = {}
         self.fresh, self.free = 0, deque()
@@ -1061,6 +1147,10 @@ class Replay:
         return index, starts
 
     def _gather(self, index: np.ndarray, starts: np.ndarray) -> dict[str, Tensor]:
+        with CudaGraphs.lock:
+            return self._copy_rows(index, starts)
+
+    def _copy_rows(self, index: np.ndarray, starts: np.ndarray) -> dict[str, Tensor]:
         place = self.storage["is_first"].device
         pinned = self.device.type == "cuda" and place.type == "cpu"
         slots = to_device(torch.from_numpy(index.ravel()), place)
@@ -1179,24 +1269,29 @@ class Replay:
             for key, values in rows.items()
         }
         row_bytes = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in kinds.values())
-        total, free, where = row_bytes * self.slots, available_memory(), "in memory"
-        if self.device.type == "cuda" and total < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]:
-            where = f"on {self.device}"
-        elif free is not None and total > free:
+        total = row_bytes * self.slots
+        size = f"{self.slots:,} rows of {row_bytes:,} bytes, {total / 1e9:.2f} GB"
+        # Otherwise processes that start together would count the same free memory.
+        with alone_on(self.device):
+            room = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+            if total < room:
+                print(f"Replay: {size} on {self.device} when full.", flush=True)
+                for key, (shape, dtype) in kinds.items():
+                    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+                    self.storage[key] = torch.zeros((self.slots, *shape), dtype=kind, device=self.device)
+                return
+        free = available_memory()
+        if free is not None and total > free:
             fits = max(0, int(0.9 * free / row_bytes) - (self.slots - self.capacity))
             raise UserError(
                 f"replay needs {total / 1e9:.1f} GB ({self.slots:,} rows of {row_bytes:,} bytes), "
                 f"{free / 1e9:.1f} GB are free: --dataset_size {fits} fits"
             )
-        size = f"{self.slots:,} rows of {row_bytes:,} bytes, {total / 1e9:.2f} GB"
-        print(f"Replay: {size} {where} when full.", flush=True)
+        reason = f": {self.device} has room for {room / 1e9:.2f} GB" if self.device.type == "cuda" else ""
+        print(f"Replay: {size} in memory when full{reason}.", flush=True)
         for key, (shape, dtype) in kinds.items():
-            if where == "in memory":
-                # Unlike torch.zeros this touches no memory yet.
-                self.storage[key] = torch.from_numpy(np.zeros((self.slots, *shape), dtype))
-            else:
-                kind = torch.from_numpy(np.empty(0, dtype)).dtype
-                self.storage[key] = torch.zeros((self.slots, *shape), dtype=kind, device=self.device)
+            # Unlike torch.zeros this touches no memory yet.
+            self.storage[key] = torch.from_numpy(np.zeros((self.slots, *shape), dtype))
 
     def _write(self, folder: Path, name: str, numbers: list[int]) -> dict[int, tuple[str, int]]:
         """Write episodes to one file; returns the file and first row of each."""

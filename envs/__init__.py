@@ -24,7 +24,7 @@ from envs.task import EnvError, Task
 from envs.vector import Vector
 
 __all__ = ["EnvError", "Task", "Vector", "check_same_state", "clip_names", "has_unseen", "make", "make_vector"]
-__all__ += ["parse_task", "prepare"]
+__all__ += ["parse_task", "prepare", "render_on"]
 
 SUITES = {
     "dmc": "envs.dmc",
@@ -41,6 +41,15 @@ def parse_task(task: str) -> Task:
     if suite not in SUITES:
         raise EnvError(f"unknown suite {suite!r} in task {task!r}: there is {', '.join(SUITES)} (dmc_walker_stand)")
     return Task(suite, *_suite(suite).parse(rest))
+
+
+def render_on(gpu: int) -> None:
+    """Let simulators that start later render on CUDA device `gpu`.
+
+    The user's HRSSM_RENDER_DEVICE comes first, and for MuJoCo so does MUJOCO_EGL_DEVICE_ID. Where that card cannot
+    render, another does, with a warning.
+    """
+    os.environ.setdefault("HRSSM_RENDER_DEVICE", str(gpu))
 
 
 def prepare(

@@ -321,28 +321,42 @@ def recorded_model() -> Iterator[list]:
         engine.Physics.from_xml_string = original
 
 
+def egl_device(gpu: str) -> str | None:
+    """EGL's number of CUDA device `gpu`: EGL counts all cards, CUDA those of CUDA_VISIBLE_DEVICES.
+
+    None if MUJOCO_EGL_DEVICE_ID is set already or CUDA_VISIBLE_DEVICES names cards otherwise than by number.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = visible.split(",") if visible else [str(number) for number in range(int(gpu) + 1)]
+    card = cards[int(gpu)].strip() if int(gpu) < len(cards) else ""
+    return card if card.isdigit() and "MUJOCO_EGL_DEVICE_ID" not in os.environ else None
+
+
 @functools.cache
 def check_rendering() -> None:
     """Choose and test MuJoCo's rendering backend: MUJOCO_GL if set, else egl, else osmesa with a warning.
 
-    The test runs in a subprocess, because a failed attempt cannot be undone within a process. Processes started later
-    inherit the choice. Raises EnvError that names the packages to install.
+    EGL renders on CUDA device HRSSM_RENDER_DEVICE, if set; on another, with a warning, if it cannot. The test runs in a
+    subprocess, because a failed attempt cannot be undone within a process. Processes started later inherit the choice.
+    Raises EnvError that names the packages to install.
     """
-    chosen = os.environ.get("MUJOCO_GL")
+    chosen, gpu = os.environ.get("MUJOCO_GL"), os.environ.get("HRSSM_RENDER_DEVICE")
+    device = egl_device(gpu) if gpu else None
+    attempts = [{"MUJOCO_GL": backend} for backend in ([chosen] if chosen else ["egl", "osmesa"])]
+    if device and attempts[0]["MUJOCO_GL"] == "egl":
+        attempts.insert(0, attempts[0] | {"MUJOCO_EGL_DEVICE_ID": device})
     failures = []
-    for backend in [chosen] if chosen else ["egl", "osmesa"]:
+    for variables in attempts:
         attempt = subprocess.run(
-            [sys.executable, "-c", RENDER_ONCE],
-            env=os.environ | {"MUJOCO_GL": backend},
-            capture_output=True,
-            text=True,
+            [sys.executable, "-c", RENDER_ONCE], env=os.environ | variables, capture_output=True, text=True
         )
+        name = " ".join(f"{key}={value}" for key, value in variables.items())
         if attempt.returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
+            os.environ.update(variables)
             if failures:
-                warnings.warn(f"rendering with MUJOCO_GL={backend} ({'; '.join(failures)})", stacklevel=2)
+                warnings.warn(f"rendering with {name} ({'; '.join(failures)})", stacklevel=2)
             return
-        failures.append(f"MUJOCO_GL={backend}: {(attempt.stderr.strip().splitlines() or ['no output'])[-1]}")
+        failures.append(f"{name}: {(attempt.stderr.strip().splitlines() or ['no output'])[-1]}")
     raise EnvError(
         f"MuJoCo cannot render ({'; '.join(failures)}): install libegl1 libgl1 or libosmesa6, as setup/install.sh does"
         + (", or unset MUJOCO_GL" if chosen else "")

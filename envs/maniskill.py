@@ -44,7 +44,11 @@ TASKS = {
 CONTROL = "pd_ee_delta_pose"
 LAYER = "VK_LAYER_HRSSM_external_semaphore"
 LAYERS = Path(sys.prefix) / "share/vulkan/explicit_layer.d"  # where setup/vulkan/install.sh puts it
-MAKE_RENDERER = "import sapien.core as s; s.SapienRenderer.set_log_level('info'); s.SapienRenderer(offscreen_only=True)"
+MAKE_RENDERER = """
+import sys, sapien.core as s
+s.SapienRenderer.set_log_level("info")
+s.SapienRenderer(offscreen_only=True, device=sys.argv[1])
+"""
 
 
 def parse(rest: str) -> tuple[str, str, str]:
@@ -189,6 +193,9 @@ def import_mani_skill() -> None:
 def check_simulator() -> str:
     """Name of the Vulkan device that SAPIEN renders on. Tested in a subprocess, since a failure may be a crash.
 
+    HRSSM_SAPIEN_DEVICE ("cuda:1"), which later processes inherit, becomes the card of HRSSM_RENDER_DEVICE if that is
+    set and can render.
+
     Raises:
         EnvError: the Python version is not 3.11, mani_skill2 is not installed, or there is no device.
     """
@@ -202,7 +209,29 @@ def check_simulator() -> str:
             f"{' and '.join(missing)} not installed (x86-64 Linux only): remove .venv, then run setup/run.sh again"
         )
     _choose_vulkan()
-    attempt = subprocess.run([sys.executable, "-W", "ignore", "-c", MAKE_RENDERER], capture_output=True, text=True)
+    gpu, device = os.environ.get("HRSSM_RENDER_DEVICE"), os.environ.get("HRSSM_SAPIEN_DEVICE", "")
+    if gpu and not device:
+        try:
+            name = _try_renderer(f"cuda:{gpu}")
+        except EnvError as error:
+            reason = str(error).rpartition(": ")[0]
+            warnings.warn(f"SAPIEN does not render on cuda:{gpu} but on a card of its choice: {reason}", stacklevel=2)
+        else:
+            os.environ["HRSSM_SAPIEN_DEVICE"] = f"cuda:{gpu}"
+            return name
+    return _try_renderer(device)
+
+
+def renderer_options() -> dict:
+    """What mani_skill2's environments are to hand to their renderer."""
+    device = os.environ.get("HRSSM_SAPIEN_DEVICE")
+    return {"device": device} if device else {}
+
+
+def _try_renderer(device: str) -> str:
+    """Make a renderer on "cuda:N", or on any device if that is ""; returns the device's name or raises EnvError."""
+    command = [sys.executable, "-W", "ignore", "-c", MAKE_RENDERER, device]
+    attempt = subprocess.run(command, capture_output=True, text=True)
     output = attempt.stdout + attempt.stderr
     picked = re.search(r"Vulkan picked device: (\d+)", output)
     if attempt.returncode != 0 or not picked:
@@ -240,6 +269,7 @@ def _build(env_id: str, size: tuple[int, int], camera: bool):
             reward_mode="dense",
             control_mode=None if env_id.endswith("-v1") else CONTROL,
             camera_cfgs={"height": size[0], "width": size[1]},
+            renderer_kwargs=renderer_options(),
         )
     except FileNotFoundError:
         download = f"MS2_ASSET_DIR={os.environ['MS2_ASSET_DIR']} python -m mani_skill2.utils.download_asset {env_id}"

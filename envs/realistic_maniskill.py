@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 
 from envs import assets
-from envs.maniskill import CONTROL, ManiSkill, check_simulator
+from envs.maniskill import CONTROL, ManiSkill, check_simulator, renderer_options
 from envs.task import EnvError, Task, two_seeds
 
 # Model files that the mani_skill2 wheel lacks, relative to the folder of the asset set "maniskill".
@@ -97,5 +97,6 @@ def _build(name: str, size: tuple[int, int], models: str | None):
         reward_mode="dense",
         control_mode=CONTROL,
         camera_cfgs={"base_camera": {"height": size[0], "width": size[1]}},
+        renderer_kwargs=renderer_options(),
         **arguments.get(name, {}),
     )

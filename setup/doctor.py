@@ -25,8 +25,12 @@ SETUP = Path(__file__).resolve().parent
 INSTALL = f"rm -r {SETUP.parent / '.venv'}, then run setup/run.sh again"
 RENDER = """
 from dm_control import suite
-frame = suite.load("cartpole", "balance").physics.render(64, 64, camera_id=0)
+physics = suite.load("cartpole", "balance").physics
+frame = physics.render(64, 64, camera_id=0)
 assert frame.shape == (64, 64, 3) and frame.std() > 1, "the frame is blank"
+from OpenGL import GL
+with physics.contexts.gl.make_current() as context:
+    print(context.call(GL.glGetString, GL.GL_RENDERER).decode())
 """
 Line = tuple[str, str, str]  # "ok", "warn" or "FAIL"; the result; the fix
 
@@ -83,13 +87,35 @@ def check_rendering() -> Iterator[Line]:
         environ = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
         run = subprocess.run([sys.executable, "-c", RENDER], env=environ, capture_output=True, text=True)
         if run.returncode == 0:
-            works = True
-            yield "ok", f"rendering with {backend}, {time.perf_counter() - start:.1f} s to the first frame", ""
+            works, where = True, run.stdout.strip()
+            seconds = time.perf_counter() - start
+            yield "ok", f"rendering with {backend} on {where}, {seconds:.1f} s to the first frame", ""
         else:
             reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
             fix = "run setup/install.sh; on NVIDIA containers set NVIDIA_DRIVER_CAPABILITIES=all"
             last = backend in (asked, "osmesa")
             yield "FAIL" if last and not works else "warn", f"rendering with {backend}: {reason}", fix
+
+
+def check_cards() -> Iterator[Line]:
+    """Where the environments of a run with `--device cuda:N` render, for each GPU: it should be that one."""
+    sys.path.insert(0, str(SETUP.parent))
+    from envs import dmc
+
+    for gpu, name in enumerate(gpu_names()):
+        device = os.environ.get("MUJOCO_EGL_DEVICE_ID") or dmc.egl_device(str(gpu))
+        environ = {**os.environ, "MUJOCO_GL": "egl", **({"MUJOCO_EGL_DEVICE_ID": device} if device else {})}
+        run = subprocess.run([sys.executable, "-c", RENDER], env=environ, capture_output=True, text=True)
+        where = run.stdout.strip() or (run.stderr.strip().splitlines() or ["nothing"])[-1]
+        text = f"cuda:{gpu} is {name}; its environments render on {where} (MUJOCO_EGL_DEVICE_ID {device or 'not set'})"
+        same = name.removeprefix("NVIDIA ") in where
+        yield "ok" if same else "warn", text, "set MUJOCO_EGL_DEVICE_ID to the card's number among EGL's devices"
+
+
+def gpu_names() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 def check_cache() -> Iterator[Line]:
@@ -134,7 +160,16 @@ def check_vulkan() -> Iterator[Line]:
         yield "warn", f"no rms_* and ms_* tasks: {reason}", fix
 
 
-CHECKS = [check_python, check_packages, check_torch, check_rendering, check_vulkan, check_cache, check_replay]
+CHECKS = [
+    check_python,
+    check_packages,
+    check_torch,
+    check_rendering,
+    check_cards,
+    check_vulkan,
+    check_cache,
+    check_replay,
+]
 
 
 def main() -> int:

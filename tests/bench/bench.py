@@ -3,6 +3,8 @@
     python tests/bench/bench.py update [--preset tiny]  an update and its parts, acting, drawing a batch, peak memory
     python tests/bench/bench.py methods [--preset tiny]  an update of every --method beside that of hrssm
     python tests/bench/bench.py loop [--preset tiny]    wall-clock time of the whole training loop per policy step
+    python tests/bench/bench.py launches [--preset tiny] kernel launches of an update, counted without a GPU, and on a
+                                                        GPU time in kernels and between them for every --compile
     python tests/bench/bench.py scaling                 time of an update against batch size and length
     python tests/bench/bench.py envs                    per-step cost of every DMC variant
     python tests/bench/bench.py memory                  memory of four worker processes over twenty episodes
@@ -16,6 +18,7 @@ ratios are printed (`envs` then needs xmltodict); so does an earlier commit of o
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -246,6 +249,28 @@ def bench_loop(args) -> None:
     show("", found, ["policy step", "peak MiB"])
 
 
+def bench_launches(args) -> None:
+    """Counted by what PyTorch dispatches to a device, so a kernel that splits into several counts once."""
+    options = ["--configs", args.preset, *args.options]
+    config = tools.load_config(options)
+    command = [sys.executable, "-W", "ignore", str(tools.ROOT / "tests/fake_gpu.py"), "count", " ".join(options)]
+    counted = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    parts = {key: int(value) for key, value in re.findall(r"(\w[a-z ]*)=(\d+)", counted)}
+    print(f"{args.preset}: {parts['update']} launches per update")
+    for name, steps in (("recurrence", config.batch_length), ("imagination", config.imag_horizon)):
+        step = parts[f"{name} step"]
+        print(f"  {name:12}{steps * step:6}  ({step} in each of {steps} steps, backward included)")
+    print(f"  {'rest':12}{parts['rest']:6}", flush=True)
+    settings = device_settings(options) | {"part": "update"}
+    if not settings["device"].startswith("cuda"):
+        print("no GPU here: times in kernels and between them are left out")
+        return
+    programs = {mode: Program("ours", tools.ROOT, options, **settings, compile=mode) for mode in args.modes.split(",")}
+    found = take_turns(programs, ["kernels"], args.rounds)
+    print(f"{args.preset} on {settings['device']}, --compile, medians of {args.rounds}, ms per update (MiB)")
+    show("", found, ["wall", "in kernels", "gap", "kernels", "peak GPU MiB"], "off")
+
+
 def bench_scaling(args) -> None:
     options = ["--configs", args.preset, *args.options]
     settings = device_settings(options) | {"part": "update"}
@@ -291,6 +316,7 @@ def main() -> None:
         "update": bench_update,
         "methods": bench_methods,
         "loop": bench_loop,
+        "launches": bench_launches,
         "scaling": bench_scaling,
         "envs": bench_envs,
         "memory": bench_memory,
@@ -299,6 +325,7 @@ def main() -> None:
     parser.add_argument("--upstream", type=lambda path: Path(path).resolve(), help="a checkout to compare with")
     parser.add_argument("--earlier", type=lambda path: Path(path).resolve(), help="update: an earlier checkout of ours")
     parser.add_argument("--preset", default="dmc_vision", help="of configs.yaml")
+    parser.add_argument("--modes", default="off,auto,inductor", help="launches: of --compile, to be timed on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--steps", type=int, default=60, help="steps of each environment")
     parser.add_argument("--resets", type=int, default=3, help="resets of each environment")

@@ -112,7 +112,31 @@ def ours(config, root: Path) -> dict:
         action.cpu()
 
     parts = {"update": lambda: agent.update(batch), "sample": replay.sample, "act": act}
-    return {name: (timed(times, name, part), times) for name, part in parts.items()}
+    parts = {name: (timed(times, name, part), times) for name, part in parts.items()}
+    return parts | {"kernels": (lambda: times.update(profile(lambda: agent.update(batch))), times)}
+
+
+def profile(function, calls: int = 5) -> dict[str, float]:
+    """Of one call, on a GPU, after some that warm up: wall time, time in kernels and between them, how many there are.
+
+    The profiler slows down the host, so wall time is taken without it.
+    """
+    for _ in range(5):
+        function()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronize()
+    wall = 1e3 * (time.perf_counter() - start) / calls
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+        synchronize()
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = 1e-3 * sum(event.self_device_time_total for event in kernels)
+    found = {"wall": wall, "in kernels": busy, "gap": wall - busy, "kernels": float(len(kernels))}
+    return found | {"peak GPU MiB": torch.cuda.max_memory_allocated() / 2**20}
 
 
 def theirs(config, root: Path) -> dict:
