@@ -356,6 +356,16 @@ def test_processes_measure_a_card_one_at_a_time(monkeypatch, tmp_path):
         pass
 
 
+def test_acceptance_script_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("it would run for minutes")
+    script = ROOT / "tests/bench/gpu_acceptance.sh"
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([script], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: this needs a GPU that torch can use, and there is none\n"
+
+
 # --- rendering ------------------------------------------------------------------------------------------------------
 
 

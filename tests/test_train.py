@@ -697,6 +697,7 @@ BAD_INPUT = {
     "impossible value": (["--mask_ratio", "1.5"], "--mask_ratio"),
     "missing videos": (["--task", "dmc_walker_stand_video", "--resource_files", "nowhere/*.mp4"], "nowhere/*.mp4"),
     "nothing to be robust to": (["--robustness_every", "100"], "--robustness_every needs"),
+    "no episodes": (["--eval_only", "True", "--eval_episode_num", "0"], "--eval_episode_num"),
     "absent device": (["--device", "cuda:7"], "cuda:7"),
     "absent weights": (["--init_from", "nowhere.pt"], "nowhere.pt"),
 }

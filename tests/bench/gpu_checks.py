@@ -69,7 +69,7 @@ def syncs(*argv: str) -> str:
         episodes = [program.episode(config.size, rng) for _ in range(config.batch_size)]
         rows = {key: np.stack([episode[key][: config.batch_length] for episode in episodes]) for key in episodes[0]}
         batch = {key: torch.as_tensor(value).to(device) for key, value in rows.items()}
-        obs = {key: value[:, 0] for key, value in batch.items() if key not in ("action", "reward")}
+        obs = {key: value[:, 0] for key, value in rows.items() if key not in ("action", "reward")}
         _, carry = agent.policy(obs, None)
         torch.cuda.reset_peak_memory_stats()
         for number in range(8):
