@@ -143,7 +143,7 @@ def test_davis_from_an_archive(tmp_path):
     assert run(tmp_path / "assets", "davis", "--from", str(archive)) == (0, "")
     assert names(tmp_path / "assets") == ["davis"]
     assert names(tmp_path / "assets/davis/DAVIS") == ["JPEGImages"]
-    assert len(distracting_cs.find_videos(str(tmp_path / "assets/davis"))) == 60
+    assert len(distracting_cs.find_videos(str(tmp_path / "assets/davis"), 0.3)) == 60
 
 
 @pytest.mark.parametrize("member", ["../evil", "DAVIS/../../evil", "/evil", "..\\evil", "C:/evil"])
@@ -167,7 +167,7 @@ def test_another_source_after_a_damaged_archive(tmp_path):
     (tmp_path / "assets/DAVIS-2017-trainval-480p.zip").write_bytes(bad.read_bytes())
     assert_refused(run(tmp_path / "assets", "davis", "--from", str(bad)), "is damaged", tmp_path / "assets")
     assert run(tmp_path / "assets", "davis", "--from", str(good)) == (0, "")
-    assert len(distracting_cs.find_videos(str(tmp_path / "assets/davis"))) == 60
+    assert len(distracting_cs.find_videos(str(tmp_path / "assets/davis"), 0.3)) == 60
 
 
 def test_an_archive_that_does_not_fit(tmp_path):

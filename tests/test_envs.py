@@ -432,9 +432,8 @@ def test_a_damaged_video_is_skipped_with_one_warning(clips, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "broken.mp4").write_bytes((clips / "clip2.mp4").read_bytes()[:300])
     with pytest.warns(UserWarning, match="skipping .*broken.mp4") as caught:
-        source = video.make_source(
-            "video", resource_files=str(tmp_path), total_frames=60, size=SIZE, clip_seed=0, seed=0
-        )
+        files = {"resource_files": str(tmp_path), "holdout_clips": 0.0, "eval_resource_files": "", "unseen": False}
+        source = video.make_source("video", **files, total_frames=60, size=SIZE, clip_seed=0, seed=0)
     assert len(caught) == 1
     assert source.ends[-1] == 60
 

@@ -143,7 +143,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert out.stat().st_size > 1000 and out.with_suffix(".pdf").exists()
     assert "denoising_factor" in capsys.readouterr().out
     for argv, hint in {
-        (str(tmp_path / "no"),): "holds no run with a checkpoint",
+        (str(tmp_path / "no"),): "holds no run",
         (str(tmp_path), "--task", "dmc_walker_stand_video"): "give variants of dmc_cartpole_balance",
         (str(tmp_path), "--draws", "1"): "--draws and --steps take at least 2",
         (str(tmp_path), "--out", "x.gif"): "must be one of .png, .pdf, .svg",
