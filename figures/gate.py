@@ -54,8 +54,9 @@ def read_reference(path: str) -> dict[str, list[Window]]:
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                numbers = [float(row[name]) for name in COLUMNS[2:7]]
-                found.setdefault(row["task"], []).append(Window(*numbers, int(row["seeds"])))
+                begin, end, mean, low, high = (float(row[name]) for name in COLUMNS[2:7])
+                window = Window(begin, end, mean, low, high, int(row["seeds"]))
+                found.setdefault(row["task"], []).append(window)
                 methods.setdefault(row["task"], set()).add(row["method"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise tools.UserError(
@@ -95,7 +96,9 @@ def compare(runs: Sequence[plot.Run], reference: Sequence[Window], args) -> dict
 
 
 def table(results: dict[tuple[str, str], dict]) -> str:
-    rows = [("task", "method", "seeds", "windows met", "last window", "runs", "reference (low to high)", "needed", "")]
+    rows: list[tuple[str, ...]] = [
+        ("task", "method", "seeds", "windows met", "last window", "runs", "reference (low to high)", "needed", "")
+    ]
     for (task, method), result in results.items():
         shown = (task, method, str(result["seeds"]))
         if result["windows"]:
