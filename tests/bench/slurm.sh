@@ -9,7 +9,7 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." >/dev/null && pwd -P)
 folder=$(realpath -m -- "${1:-$(mktemp -d /tmp/hrssm-slurm.XXXX)}")
 node=$(hostname -s)
-mkdir -p "$folder"/{state,spool,run,bin} /run/munge
+mkdir -p "$folder"/{state,spool,run} /run/munge
 chown munge: /run/munge
 python=$(command -v python)
 export SLURM_CONF=$folder/slurm.conf
@@ -45,14 +45,12 @@ SelectTypeParameters=CR_CPU
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=500000
-RequeueExit=0
 KillWait=30
 MinJobAge=3600
 NodeName=$node CPUs=2 RealMemory=4000 State=UNKNOWN
 PartitionName=low Nodes=$node Default=YES PriorityTier=1 GraceTime=60 MaxTime=60 State=UP
 PartitionName=high Nodes=$node PriorityTier=2 PreemptMode=OFF MaxTime=60 State=UP
 END
-sed -i '/^RequeueExit/d' "$SLURM_CONF"
 
 stop() {
   scancel --user=root 2>/dev/null || true
@@ -76,7 +74,7 @@ jobs() { squeue -h -a -r -o '%.8i %.4t %.10M %.4K %r' 2>/dev/null; }
 state() { squeue -h -a -r -j "$1" -o %T; }
 is() { [ "$(state "$1")" = "$2" ]; }
 
-pgrep -x munged >/dev/null || { setpriv --reuid munge --regid munge --clear-groups munged --foreground & munge=$!; }
+pgrep -x munged >/dev/null || { setpriv --reuid munge --regid munge --clear-groups munged --foreground 2>"$folder/munged.log" & munge=$!; }
 wait_for 20 munge -n
 slurmctld && slurmd
 wait_for 30 sh -c "sinfo -h -o %T | grep -q idle"
@@ -101,7 +99,7 @@ say "submitted $high to the high partition"
 wait_for 90 is "$high" RUNNING
 jobs
 wait_for 60 grep -q "Stopped by SIGTERM; saved" "$folder/job-${low}_0.log"
-wait_for 90 is "${low}_0" RUNNING
+wait_for 300 is "${low}_0" RUNNING # Slurm lets two minutes pass before a requeued job starts
 say "requeued and running again"
 jobs
 wait_for 600 sh -c "! squeue -h -a -r -t PD,R,CG -j $low | grep -q ."
@@ -109,7 +107,7 @@ wait_for 600 sh -c "! squeue -h -a -r -t PD,R,CG -j $low | grep -q ."
 say "2. time limit of one minute: SIGTERM 180 s before it is at once, so here 20 s before it"
 limit=$("${submit[@]}" --partition=low --array=0 --time=1 --signal=TERM@20 setup/slurm.sh "$folder/limited" "$tasks" 1 "${run[@]}" --steps "${LONG:-20000}")
 wait_for 120 grep -q "Stopped by SIGTERM; saved" "$folder/job-${limit}_0.log"
-wait_for 180 grep -q "Resumed" "$folder/job-${limit}_0.log"
+wait_for 400 grep -q "Resumed" "$folder/job-${limit}_0.log"
 scancel "$limit"
 
 say "logs"
