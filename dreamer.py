@@ -289,11 +289,12 @@ def load_agent(agent: Agent, state: dict) -> None:
 
 
 def load_weights(agent: Agent, path: str) -> None:
-    """`--init_from`: a `latest.pt` of upstream, of dreamerv3-torch or of this code."""
+    """`--init_from`: a `latest.pt` of upstream, of dreamerv3-torch or of this code, or a folder of setup/export.py."""
     file = Path(path).expanduser()
+    file = file / "model.safetensors" if file.is_dir() else file
     if not file.is_file():
         raise tools.UserError(f"--init_from {path}: no such file")
-    state = tools.read_checkpoint(file, agent.device)
+    state = tools.read_checkpoint(file, agent.device) if file.suffix != ".safetensors" else load_exported(agent, file)
     if "agent" in state:
         with tools.reading(f"--init_from {path} does not fit this configuration", "use the options of its run"):
             load_agent(agent, state["agent"])
@@ -302,6 +303,19 @@ def load_weights(agent: Agent, path: str) -> None:
         with tools.reading(f"--init_from {path} is no checkpoint of an agent", "name a latest.pt"):
             count = agent.load_upstream(state.get("agent_state_dict", state))
         print(f"Loaded {count} tensors from {path}; optimisers and return statistics start afresh.")
+
+
+def load_exported(agent: Agent, file: Path) -> dict:
+    """What a checkpoint would hold of the agent; state of training, which no tensor holds, stays as it is."""
+    from safetensors import SafetensorError, torch
+
+    try:
+        tensors = torch.load_file(file, device=str(agent.device))
+    except (SafetensorError, OSError) as error:
+        raise tools.UserError(f"cannot read {file}: {error}") from error
+    return {
+        "agent": {key: value for key, value in agent.state_dict().items() if not isinstance(value, Tensor)} | tensors
+    }
 
 
 # --- environments ---------------------------------------------------------------------------------------------------

@@ -75,7 +75,14 @@ def test_commands_are_found():
         assert any(word in " ".join(argv) for argv in TRAINING), word
     programs = {word for words in COMMANDS for word in words if (ROOT / word).is_file()}
     expected = {f"figures/{name}.py" for name in ("plot", "report", "robustness", "openloop")}
-    expected |= {"setup/sweep.sh", "setup/slurm.sh", "setup/doctor.py", "setup/download.py", "tests/test_fidelity.py"}
+    expected |= {
+        "setup/sweep.sh",
+        "setup/slurm.sh",
+        "setup/export.py",
+        "setup/doctor.py",
+        "setup/download.py",
+        "tests/test_fidelity.py",
+    }
     expected |= {"tests/bench/bench.py", "tests/bench/soak.py", "tests/upstream/record.py"}
     assert expected <= programs
 
