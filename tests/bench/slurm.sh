@@ -54,6 +54,7 @@ END
 
 stop() {
   scancel --user=root 2>/dev/null || true
+  sleep 5
   for daemon in slurmd slurmctld; do
     [ ! -s "$folder/run/$daemon.pid" ] || kill "$(cat "$folder/run/$daemon.pid")" 2>/dev/null || true
   done
@@ -84,13 +85,13 @@ sinfo
 cd "$folder/repo"
 submit=(sbatch --parsable --gpus-per-task=0 --cpus-per-task=1 --mem=900M --output="$folder/job-%A_%a.log")
 run=(--configs tiny --size 64,64 --time_limit 200 --envs 1 --parallel False --overlap False --dyn_deter 24
-  --dyn_hidden 24 --units 24 --batch_size 4 --prefill 200 --pretrain 20 --eval_every 800 --eval_episode_num 1
-  --save_every 0 --simple_log True --device cpu --action_repeat 2)
+  --dyn_hidden 24 --units 24 --batch_size 4 --prefill 200 --pretrain 20 --eval_every 400 --eval_episode_num 1
+  --save_every 0 --train_ratio 4 --simple_log True --device cpu --action_repeat 2)
 tasks=dmc_cartpole_balance
 log() { cat "$folder/job-$1.log"; }
 
 say "1. array and preemption: two seeds in the low partition, then a job with priority"
-low=$("${submit[@]}" --partition=low --array=0-1 --time=30 setup/slurm.sh "$folder/runs" "$tasks" 2 "${run[@]}" --steps "${STEPS:-8000}")
+low=$("${submit[@]}" --partition=low --array=0-1 --time=30 setup/slurm.sh "$folder/runs" "$tasks" 2 "${run[@]}" --steps "${STEPS:-2400}")
 wait_for 60 is "${low}_0" RUNNING
 for seed in 0 1; do wait_for 120 grep -q "eval/return" "$folder/runs/$tasks/$seed/metrics.jsonl"; done
 jobs
@@ -105,7 +106,7 @@ jobs
 wait_for 600 sh -c "! squeue -h -a -r -t PD,R,CG -j $low | grep -q ."
 
 say "2. time limit of one minute: SIGTERM 180 s before it is at once, so here 20 s before it"
-limit=$("${submit[@]}" --partition=low --array=0 --time=1 --signal=TERM@20 setup/slurm.sh "$folder/limited" "$tasks" 1 "${run[@]}" --steps "${LONG:-20000}")
+limit=$("${submit[@]}" --partition=low --array=0 --time=1 --signal=TERM@20 setup/slurm.sh "$folder/limited" "$tasks" 1 "${run[@]}" --steps "${LONG:-100000}")
 wait_for 120 grep -q "Stopped by SIGTERM; saved" "$folder/job-${limit}_0.log"
 wait_for 400 grep -q "Resumed" "$folder/job-${limit}_0.log"
 scancel "$limit"
@@ -118,5 +119,5 @@ for seed in 0 1; do
   grep -q Resumed "$folder/job-${low}_$seed.log"
   tail -n 1 "$folder/runs/$tasks/$seed/metrics.jsonl" | cut -c 1-80
 done
-grep -iE "preempt|requeue|complete|timelimit|time limit" "$folder/slurmctld.log" || true
+grep -E "Requeuing|Started|Allocate|_job_complete" "$folder/slurmctld.log" || true
 say "done: preempted, requeued, resumed, finished"
