@@ -184,6 +184,19 @@ def test_options_of_hrssm_have_no_effect_on_the_others(method, fixed_draws):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("method", OTHERS)
+def test_the_probe_changes_nothing_of_any_method(method):
+    batch, states = make_batch(), []
+    for argv in ([], ["--video_pred_log"]):
+        agent = make(method, *argv)
+        torch.manual_seed(0)
+        losses = [agent.update(batch).get("probe_loss") for _ in range(3)]
+        states.append({k: v for k, v in agent.state_dict().items() if not k.startswith("probe.")})
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(states[1][k])) for k, v in states[0].items())
+
+
 def test_without_its_loss_the_projector_is_not_used():
     agent = make_agent(nomlr=True)
     representation = agent.world_model.representation
