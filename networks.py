@@ -9,8 +9,6 @@ across implementations. Sizes follow DreamerV3 (Hafner et al., 2023), on which H
 
 import math
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,9 +25,7 @@ TRUNCATED_STD = 0.87962566103423978
 
 def draw_onehot(probs: Tensor) -> Tensor:
     """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync."""
-    cumulative = probs.cumsum(-1)
-    threshold = torch.rand_like(probs[..., :1]) * cumulative[..., -1:]
-    index = (cumulative[..., :-1] <= threshold).sum(-1, keepdim=True)
+    index = (probs.cumsum(-1)[..., :-1] <= torch.rand_like(probs[..., :1])).sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
@@ -66,6 +62,19 @@ def softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1).contiguous()
 
 
+def softmax_backward(gradient: Tensor, probs: Tensor) -> Tensor:
+    """Gradient of the logits from that of `softmax`; as fast."""
+    if probs.is_cuda or probs.shape[-1] >= 8:
+        return torch.ops.aten._softmax_backward_data(gradient, probs, -1, probs.dtype)
+    columns = gradient.movedim(-1, 0), probs.movedim(-1, 0)
+    return torch.ops.aten._softmax_backward_data(*columns, 0, probs.dtype).movedim(0, -1)
+
+
+def mix_uniform(probs: Tensor, share: float) -> Tensor:
+    """(1 - share) probs + share / K."""
+    return torch.add(probs.new_full((), share / probs.shape[-1]), probs, alpha=1.0 - share) if share else probs
+
+
 # --- distributions --------------------------------------------------------------------------------------------------
 
 
@@ -78,9 +87,7 @@ class OneHot:
 
     def __init__(self, logits: Tensor, unimix: float = 0.0):
         self.logits, self.unimix, self._log_probs = logits, unimix, None
-        self.probs = softmax(logits)
-        if unimix:
-            self.probs = self.probs * (1.0 - unimix) + unimix / logits.shape[-1]
+        self.probs = mix_uniform(softmax(logits), unimix)
 
     @property
     def log_probs(self) -> Tensor:
@@ -601,64 +608,202 @@ class ActorHead(MLP):
         return Normal(torch.tanh(mean), std)
 
 
-# --- layers applied at every step of a sequence ---------------------------------------------------------------------
-
-Layer = Callable[[Tensor], Tensor]
-
-
-def linear_layer(weight: Tensor, bias: Tensor | None = None) -> Layer:
-    return partial(F.linear, weight=weight, bias=bias)
+# --- fast RSSM steps ------------------------------------------------------------------------------------------------
+# The arithmetic of `RSSM` at its default structure, with a hand-written backward pass: half as many operations as
+# autograd runs, which is what a GPU (and a CPU, at small sizes) spends its time on. A test holds it to the plain code.
 
 
-class SequenceLinear:
-    """Linear layer applied at every time step, with a single weight-gradient product for the whole sequence.
+class StepWeights(NamedTuple):
+    """Parameters of a step: input layer, GRU, the latent's hidden layer, its output; `scale` and `shift` of each norm."""
 
-    Same results as `F.linear`, (B, inputs) -> (B, outputs). Step by step, the gradient of the weight would take T thin
-    products and T additions of the weight's size. The weight is also transposed once, because thin products read it
-    faster that way.
+    stoch: Tensor
+    input_scale: Tensor
+    input_shift: Tensor
+    gru: Tensor
+    gru_scale: Tensor
+    gru_shift: Tensor
+    deter: Tensor
+    hidden_scale: Tensor
+    hidden_shift: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+
+class Step(NamedTuple):
+    """What the backward pass needs of a step: inputs of each layer, and `norm`: input, output, mean, 1/std of each."""
+
+    stoch: Tensor
+    input_norm: tuple[Tensor, ...]
+    gru: Tensor
+    gru_norm: tuple[Tensor, ...]
+    gates: Tensor
+    candidate: Tensor
+    deter: Tensor
+    hidden_norm: tuple[Tensor, ...]
+    out: Tensor
+    probs: Tensor
+
+
+def product(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+    """x @ weight + plus in the precision of the weight, given in that of x."""
+    low = x.to(weight.dtype)
+    y = low @ weight if plus is None else torch.addmm(plus.to(weight.dtype), low, weight)
+    return y.to(x.dtype)
+
+
+def normalise(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    """Input, output, mean and 1/std of a LayerNorm."""
+    return x, *torch.native_layer_norm(x, scale.shape, scale, shift, NORM_EPS)
+
+
+def normalise_backward(gradient: Tensor, norm: tuple[Tensor, ...], scale: Tensor, shift: Tensor, mask) -> list[Tensor]:
+    """Gradients of input, scale and shift, as far as `mask` asks for them."""
+    x, _, mean, rstd = norm
+    return torch.ops.aten.native_layer_norm_backward(gradient, x, scale.shape, mean, rstd, scale, shift, mask)
+
+
+def rows(parts) -> Tensor:
+    """Steps (B,*) below each other, (T*B,*)."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def sequence(parts: list[Tensor]) -> Tensor:
+    """Steps (B,*) side by side, (B,T,*)."""
+    return torch.stack(parts, 1) if len(parts) > 1 else parts[0].unsqueeze(1)
+
+
+class _FastSteps(torch.autograd.Function):
+    """T steps of an `RSSM` from stoch (B,S*K), deter (B,D): the new stoch (B,T,S,K), deter (B,T,D), logit (B,T,S,K).
+
+    `action_part` and `latent_part` (B,T,H) are what actions and embeddings add to the first layers; without the latter
+    the latent is the prior's. Rows of a step at which `first` (B,T) is set begin at the given state again.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.bias, self.steps = bias, []
-        self.dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            self.dtype = torch.get_autocast_dtype(weight.device.type)
-        self.weight = weight.detach().to(self.dtype)
-        self.transposed = self.weight.t().contiguous()
-        # Every step depends on this node, so its backward pass runs after theirs.
-        self.anchor = _WeightGradient.apply(weight, self.steps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = _SequenceStep.apply(x.to(self.dtype), self.anchor, self)
-        return y if self.bias is None else y + self.bias.to(self.dtype)
-
-
-class _WeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, steps: list) -> Tensor:
-        ctx.steps = steps
-        return weight.new_zeros(())
+    def forward(ctx, shape, unimix, first, action_part, latent_part, stoch, deter, *parameters):
+        w = StepWeights(*parameters)
+        batch, length, hidden = action_part.shape
+        dtype, device = w.stoch.dtype, w.stoch.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        weights = w.stoch, w.gru, w.deter, w.out
+        transposed = [x.t().to(dtype) for x in weights]
+        if length > 1:  # thin products read them faster like this
+            transposed = [x.contiguous() for x in transposed]
+        z, h, steps, logits = stoch, deter, [], []
+        for t in range(length):
+            gru_in = h.new_empty(batch, hidden + h.shape[-1])
+            before = gru_in[:, hidden:]
+            if t == 0 or first is None:
+                before.copy_(h)
+            else:
+                z = torch.where(first[:, t, None], stoch, z)
+                torch.where(first[:, t, None], deter, h, out=before)
+            input_norm = normalise(product(z, transposed[0], action_part[:, t]), w.input_scale, w.input_shift)
+            torch.ops.aten.silu.out(input_norm[1], out=gru_in[:, :hidden])
+            gru_norm = normalise(product(gru_in, transposed[1]), w.gru_scale, w.gru_shift)
+            # (B, 3, D): reset, candidate, update
+            pre = gru_norm[1].unflatten(-1, (3, -1))
+            gates = torch.sigmoid(pre[:, ::2])
+            candidate = torch.tanh(gates[:, 0] * pre[:, 1])
+            h = torch.lerp(before, candidate, gates[:, 1])
+            part = None if latent_part is None else latent_part[:, t]
+            hidden_norm = normalise(product(h, transposed[2], part), w.hidden_scale, w.hidden_shift)
+            out = F.silu(hidden_norm[1])
+            logits.append(product(out, transposed[3], w.out_bias).unflatten(-1, shape))
+            probs = softmax(logits[-1])
+            steps.append(Step(z, input_norm, gru_in, gru_norm, gates, candidate, h, hidden_norm, out, probs))
+            draw = draw_onehot(mix_uniform(probs, unimix))
+            z = draw.flatten(1)
+            draws = [draw] if t == 0 else [*draws, draw]
+        ctx.steps, ctx.unimix, ctx.first, ctx.dtype = steps, unimix, first, dtype
+        ctx.save_for_backward(*parameters)
+        ctx.set_materialize_grads(False)
+        return sequence(draws), sequence([step.deter for step in steps]), sequence(logits)
 
     @staticmethod
-    def backward(ctx, _):
-        inputs, gradients = zip(*ctx.steps, strict=True)
-        ctx.steps.clear()
-        # (outputs, T*B) x (T*B, inputs)
-        return torch.cat(gradients).t() @ torch.cat(inputs), None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, stoch_grad, deter_grad, logit_grad):
+        w, steps, first = StepWeights(*ctx.saved_tensors), ctx.steps, ctx.first
+        low = StepWeights(*(x.to(ctx.dtype) for x in w))
+        batch, size = steps[0].deter.shape
+        stoch_grad, deter_grad = (
+            x.new_zeros(batch, len(steps), x[0].numel()) if grad is None else grad.flatten(2)
+            for x, grad in ((steps[0].probs, stoch_grad), (steps[0].deter, deter_grad))
+        )
+        hidden, trained = len(w.stoch), any(ctx.needs_input_grad[7:])
+        only_input = [True, False, False]
+        keep = None if first is None else (~first).to(deter_grad.dtype).unsqueeze(-1)
 
+        # Gates act on each element alone: d deter / d gates (T, B, 3, D) and d deter / d before, of all steps at once.
+        gates, candidate, gru_in = (rows([getattr(s, k) for s in steps]) for k in ("gates", "candidate", "gru"))
+        pre, before = rows([s.gru_norm[1].unflatten(-1, (3, -1))[:, 1] for s in steps]), gru_in[:, hidden:]
+        slopes, inner = gates.new_empty(len(gates), 3, size), torch.empty_like(gates)
+        slope = torch.ops.aten.tanh_backward(gates[:, 1], candidate)
+        torch.mul(slope, pre, out=inner[:, 0])
+        torch.sub(candidate, before, out=inner[:, 1])
+        torch.ops.aten.sigmoid_backward.grad_input(inner, gates, grad_input=slopes[:, ::2])
+        torch.mul(slope, gates[:, 0], out=slopes[:, 1])
+        slopes, passed = slopes.split(batch), (1.0 - gates[:, 1]).split(batch)
 
-class _SequenceStep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, layer: SequenceLinear) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.layer = layer
-        return x @ layer.transposed
+        grads, z_grad, h_grad = [], None, None
+        for t in reversed(range(len(steps))):
+            s = steps[t]
+            # What the next step sends back, unless it began at the initial state.
+            stoch, deter = stoch_grad[:, t], deter_grad[:, t]
+            if z_grad is not None:
+                stoch = torch.addcmul(stoch, keep[:, t + 1], z_grad)
+                deter = torch.addcmul(deter, keep[:, t + 1], h_grad)
+            from_draw = softmax_backward(stoch.view_as(s.probs), s.probs)
+            if logit_grad is None:
+                logit = (1.0 - ctx.unimix) * from_draw
+            else:
+                logit = torch.add(logit_grad[:, t], from_draw, alpha=1.0 - ctx.unimix)
+            logit = logit.flatten(1)
+            hidden_act = torch.ops.aten.silu_backward(product(logit, low.out), s.hidden_norm[1])
+            hidden_in = normalise_backward(hidden_act, s.hidden_norm, w.hidden_scale, w.hidden_shift, only_input)[0]
+            deter = product(hidden_in, low.deter, deter)
+            gru_act = (deter.unsqueeze(1) * slopes[t]).flatten(1)
+            gru_out = normalise_backward(gru_act, s.gru_norm, w.gru_scale, w.gru_shift, only_input)[0]
+            both = product(gru_out, low.gru)
+            h_grad = torch.addcmul(both[:, hidden:], deter, passed[t])
+            input_act = torch.ops.aten.silu_backward(both[:, :hidden], s.input_norm[1])
+            input_in = normalise_backward(input_act, s.input_norm, w.input_scale, w.input_shift, only_input)[0]
+            z_grad = product(input_in, low.stoch)
+            grads.append((input_act, input_in, gru_act, gru_out, hidden_act, hidden_in, logit, z_grad, h_grad))
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (x,) = ctx.saved_tensors
-        ctx.layer.steps.append((x.detach(), gradient))
-        return gradient @ ctx.layer.weight, None, None
+        *layers, z_grads, h_grads = zip(*reversed(grads), strict=True)
+        if first is not None:
+            # (T, B, 1)
+            flag = first.t().unsqueeze(-1).to(deter_grad.dtype)
+            flag[0] = 1.0
+            z_grad, h_grad = ((flag * torch.stack(x)).sum(0) for x in (z_grads, h_grads))
+        latent_grad = sequence(layers[5]) if ctx.needs_input_grad[4] else None
+        inputs = None, None, None, sequence(layers[1]), latent_grad, z_grad, h_grad
+        if not trained:
+            return *inputs, *[None] * len(w)
+
+        def collect(name):
+            return tuple(map(rows, zip(*(getattr(s, name) for s in steps), strict=True)))
+
+        input_act, input_in, gru_act, gru_out, hidden_act, hidden_in, logit = map(rows, layers)
+        products = [
+            gradient.to(ctx.dtype).t() @ x.to(ctx.dtype)
+            for gradient, x in (
+                (input_in, rows([s.stoch for s in steps])),
+                (gru_out, gru_in),
+                (hidden_in, rows([s.deter for s in steps])),
+                (logit, rows([s.out for s in steps])),
+            )
+        ]
+        mask = [False, True, True]
+        norms = [
+            normalise_backward(input_act, collect("input_norm"), w.input_scale, w.input_shift, mask)[1:],
+            normalise_backward(gru_act, collect("gru_norm"), w.gru_scale, w.gru_shift, mask)[1:],
+            normalise_backward(hidden_act, collect("hidden_norm"), w.hidden_scale, w.hidden_shift, mask)[1:],
+        ]
+        stoch, gru, deter, out = (x.to(w.stoch.dtype) for x in products)
+        return *inputs, stoch, *norms[0], gru, *norms[1], deter, *norms[2], out, logit.sum(0)
 
 
 # --- latent dynamics ------------------------------------------------------------------------------------------------
@@ -704,32 +849,24 @@ def where_state(flag: Tensor, yes: State, no: State) -> State:
 class GRUCell(nn.Module):
     """GRU with one joint projection, optionally layer-normalised; x (..., H), h (..., D) -> (..., D).
 
-    `forward` takes the projection as a function, so that `StepLayers` decides how it is computed.
-
     Differs from the textbook cell: gates come in the order reset, candidate, update; reset scales the candidate's
     pre-activation; the update gate has a bias of -1.
     """
+
+    gate_bias: Tensor
 
     def __init__(self, inputs: int, size: int, norm: bool):
         super().__init__()
         self.linear = nn.Linear(inputs + size, 3 * size, bias=False)
         self.norm = nn.LayerNorm(3 * size, eps=NORM_EPS) if norm else nn.Identity()
         init_truncated(self.linear)
+        self.register_buffer("gate_bias", torch.cat([torch.zeros(2 * size), -torch.ones(size)]), persistent=False)
 
-    def forward(self, x: Tensor, h: Tensor, project: Layer) -> Tensor:
-        reset, candidate, update = full(self.norm(project(torch.cat([x, h], -1)))).chunk(3, -1)
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        reset, candidate, update = full(self.norm(self.linear(torch.cat([x, h], -1)))).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1.0)
         return torch.lerp(h, candidate, update)
-
-
-class StepLayers(NamedTuple):
-    """The linear layers applied at every `RSSM` step: of z, of the GRU, of h (if any) and of the posterior's output."""
-
-    stoch: Layer
-    gru: Layer
-    deter: Layer | None
-    post: Layer
 
 
 class RSSM(nn.Module):
@@ -797,6 +934,10 @@ class RSSM(nn.Module):
         init_truncated(self.post_head)
         self.initial_deter = nn.Parameter(torch.zeros(1, deter)) if initial == "learned" else None
 
+        # The structure for which `_FastSteps` is written.
+        one_layer = input_layers == output_layers == rec_depth == 1 and (act, norm) == ("SiLU", "LayerNorm")
+        self.fast = bool(one_layer and discrete and temp_post and not shared and cell == "gru_layer_norm")
+
     def dist(self, logit: Tensor) -> OneHot | Normal:
         """Distribution of the stochastic part: per latent group if categorical, joint if Gaussian."""
         if self.classes:
@@ -830,29 +971,34 @@ class RSSM(nn.Module):
 
     def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
         """q(z | h, e) for any leading axes."""
-        return self._posterior(deter, self._embed_part(embed), self._step_layers(), sample)
+        return self._posterior(deter, self._embed_part(embed), sample)
 
     def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
         """One step of imagination: the prior after `action` (..., A). `embed` serves `shared` posteriors only."""
-        return self.prior(self._recur(state, self._action_part(action, embed), self._step_layers()), sample)
+        action_part = self._action_part(action, embed)
+        if action.dim() == 2 and self._is_fast(sample):
+            step = self._fast_steps(state, action_part.unsqueeze(1))
+            return step.map(lambda x: x.squeeze(1))
+        return self.prior(self._recur(state, action_part), sample)
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
         """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
         inputs = self._filter_inputs(embed, action, is_first)
-        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), self._step_layers(), sample)
+        return self._filter(state, *inputs, is_first, self.initial(is_first.shape), sample)
 
     def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, sample: bool = True) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
-        # Tracing (`fullgraph`) cannot follow gradients that are collected on the side.
-        layers = self._step_layers(linear_layer if torch.compiler.is_compiling() else SequenceLinear)
         initial = self.initial(is_first.shape[:1])
         # What does not depend on the recurrence is computed for all steps at once.
-        steps = zip(*(x.unbind(1) for x in (*self._filter_inputs(embed, action, is_first), is_first)), strict=True)
-        state, posts = initial, []
-        for action_part, embed_part, first in steps:
-            state = self._filter(state, action_part, embed_part, first, initial, layers, sample)
-            posts.append(state)
-        post = stack_states(posts, 1)
+        inputs = self._filter_inputs(embed, action, is_first)
+        if self._is_fast(sample):
+            post = self._fast_steps(initial, *inputs, is_first)
+        else:
+            state, posts = initial, []
+            for action_part, embed_part, first in zip(*(x.unbind(1) for x in (*inputs, is_first)), strict=True):
+                state = self._filter(state, action_part, embed_part, first, initial, sample)
+                posts.append(state)
+            post = stack_states(posts, 1)
         if self.shared:
             action = torch.where(is_first.unsqueeze(-1), 0.0, action)
             return post, self.img_step(self.shift(post, is_first), action, sample)
@@ -864,30 +1010,11 @@ class RSSM(nn.Module):
         return self._action_part(action, embed), self._embed_part(embed)
 
     def _filter(
-        self,
-        state: State,
-        action_part: Tensor,
-        embed_part: Tensor,
-        is_first: Tensor,
-        initial: State,
-        layers: StepLayers,
-        sample: bool,
+        self, state: State, action_part: Tensor, embed_part: Tensor, is_first: Tensor, initial: State, sample: bool
     ) -> State:
         """The posterior of one step from prepared inputs (see `_filter_inputs`)."""
-        deter = self._recur(where_state(is_first, initial, state), action_part, layers)
-        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, layers, sample)
-
-    def _step_layers(self, linear: Callable[..., Layer] = linear_layer) -> StepLayers:
-        """The layers of one step, each made by `linear(weight, bias)`."""
-        stoch = split_linear(self.input, self.input_sizes)[0]
-        deter = split_linear(self.post_hidden, self.post_sizes)[0] if self.temp_post else None
-        head = self.post_head
-        return StepLayers(
-            stoch=linear(stoch),
-            gru=linear(self.cell.linear.weight),
-            deter=None if deter is None else linear(deter),
-            post=linear(head.weight, head.bias),
-        )
+        deter = self._recur(where_state(is_first, initial, state), action_part)
+        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, sample)
 
     def _action_part(self, action: Tensor, embed: Tensor | None) -> Tensor:
         """Share of the action (and, if `shared`, of the embedding; zeros by default) in the input layer, (..., H)."""
@@ -899,20 +1026,50 @@ class RSSM(nn.Module):
         """Share of the embedding in the posterior's first layer, (..., H)."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
-    def _recur(self, state: State, action_part: Tensor, layers: StepLayers) -> Tensor:
+    def _recur(self, state: State, action_part: Tensor) -> Tensor:
         """h' = GRU(z, h, a), shape (..., D)."""
-        x = layers.stoch(state.stoch.reshape(*state.deter.shape[:-1], -1)) + action_part
+        weight = split_linear(self.input, self.input_sizes)[0]
+        x = F.linear(state.stoch.reshape(*state.deter.shape[:-1], -1), weight) + action_part
         for layer in list(self.input)[1:]:
             x = layer(x)
         for _ in range(self.rec_depth):
-            x = self.cell(x, state.deter, layers.gru)
+            x = self.cell(x, state.deter)
         return x
 
-    def _posterior(self, deter: Tensor, embed_part: Tensor, layers: StepLayers, sample: bool) -> State:
-        x = embed_part if layers.deter is None else embed_part + layers.deter(deter)
+    def _posterior(self, deter: Tensor, embed_part: Tensor, sample: bool) -> State:
+        x = embed_part
+        if self.temp_post:
+            x = x + F.linear(deter, split_linear(self.post_hidden, self.post_sizes)[0])
         for layer in list(self.post_hidden)[1:]:
             x = layer(x)
-        return self._latent(deter, layers.post(x), sample)
+        return self._latent(deter, self.post_head(x), sample)
+
+    def _is_fast(self, sample: bool) -> bool:
+        """Whether `_fast_steps` serves; tracing follows the plain code, and modes are rare."""
+        return self.fast and sample and not torch.compiler.is_compiling()
+
+    def _fast_steps(
+        self, state: State, action_part: Tensor, embed_part: Tensor | None = None, is_first: Tensor | None = None
+    ) -> State:
+        """Steps (B,T,*) from `state` (B,*) as `_filter` takes them; without `embed_part` as `img_step` does."""
+        stoch = split_linear(self.input, self.input_sizes)[0]
+        if embed_part is None:
+            deter, (_, norm, _), head = self.prior_hidden[0].weight, self.prior_hidden, self.prior_head
+        else:
+            deter = split_linear(self.post_hidden, self.post_sizes)[0]
+            (_, norm, _), head = self.post_hidden, self.post_head
+        norms = self.input[1], self.cell.norm, norm
+        scales, shifts = [x.weight for x in norms], [x.bias for x in norms]
+        shifts[1] = shifts[1] + self.cell.gate_bias
+        gru = self.cell.linear.weight
+        weights = StepWeights(
+            stoch, scales[0], shifts[0], gru, scales[1], shifts[1], deter, scales[2], shifts[2], head.weight, head.bias
+        )
+        start = state.stoch.flatten(1), state.deter
+        stoch, deter, logit = _FastSteps.apply(
+            self.stoch_shape, self.unimix, is_first, action_part, embed_part, *start, *weights
+        )
+        return State(deter, stoch, logit)
 
     def shift(self, state: State, is_first: Tensor) -> State:
         """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""
