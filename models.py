@@ -34,6 +34,7 @@ from networks import (
     OneHot,
     Representation,
     ScalarHead,
+    SequenceMLP,
     State,
     bound_action,
     full,
@@ -413,9 +414,11 @@ class ActorCritic(nn.Module):
     def imagine(self, dynamics: RSSM, start: State) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
         """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N)."""
         states, feats, actions, outputs = [start], [], [], []
+        fast = self.behavior_stop_grad and SequenceMLP.serves(self.actor)
+        actor = SequenceMLP(self.actor) if fast else self.actor.outputs
         for k in range(self.imag_horizon):
             feats.append(states[k].feat)
-            outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
+            outputs.append(actor(feats[k].detach() if self.behavior_stop_grad else feats[k]))
             actions.append(bound_action(self.actor.policy(outputs[k]).sample()))
             if k < self.imag_horizon - 1:
                 states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))

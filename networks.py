@@ -65,9 +65,9 @@ def softmax(logits: Tensor) -> Tensor:
 def softmax_backward(gradient: Tensor, probs: Tensor) -> Tensor:
     """Gradient of the logits from that of `softmax`; as fast."""
     if probs.is_cuda or probs.shape[-1] >= 8:
-        return torch.ops.aten._softmax_backward_data(gradient, probs, -1, probs.dtype)
+        return torch.ops.aten._softmax_backward_data.default(gradient, probs, -1, probs.dtype)
     columns = gradient.movedim(-1, 0), probs.movedim(-1, 0)
-    return torch.ops.aten._softmax_backward_data(*columns, 0, probs.dtype).movedim(0, -1)
+    return torch.ops.aten._softmax_backward_data.default(*columns, 0, probs.dtype).movedim(0, -1)
 
 
 def mix_uniform(probs: Tensor, share: float) -> Tensor:
@@ -636,6 +636,7 @@ class Step(NamedTuple):
     input_norm: tuple[Tensor, ...]
     gru: Tensor
     gru_norm: tuple[Tensor, ...]
+    pre: Tensor
     gates: Tensor
     candidate: Tensor
     deter: Tensor
@@ -646,6 +647,8 @@ class Step(NamedTuple):
 
 def product(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
     """x @ weight + plus in the precision of the weight, given in that of x."""
+    if x.dtype == weight.dtype and (plus is None or plus.dtype == x.dtype):
+        return torch.mm(x, weight) if plus is None else torch.addmm(plus, x, weight)
     low = x.to(weight.dtype)
     y = low @ weight if plus is None else torch.addmm(plus.to(weight.dtype), low, weight)
     return y.to(x.dtype)
@@ -659,7 +662,7 @@ def normalise(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
 def normalise_backward(gradient: Tensor, norm: tuple[Tensor, ...], scale: Tensor, shift: Tensor, mask) -> list[Tensor]:
     """Gradients of input, scale and shift, as far as `mask` asks for them."""
     x, _, mean, rstd = norm
-    return torch.ops.aten.native_layer_norm_backward(gradient, x, scale.shape, mean, rstd, scale, shift, mask)
+    return torch.ops.aten.native_layer_norm_backward.default(gradient, x, scale.shape, mean, rstd, scale, shift, mask)
 
 
 def rows(parts) -> Tensor:
@@ -703,16 +706,16 @@ class _FastSteps(torch.autograd.Function):
             torch.ops.aten.silu.out(input_norm[1], out=gru_in[:, :hidden])
             gru_norm = normalise(product(gru_in, transposed[1]), w.gru_scale, w.gru_shift)
             # (B, 3, D): reset, candidate, update
-            pre = gru_norm[1].unflatten(-1, (3, -1))
+            pre = gru_norm[1].view(batch, 3, -1)
             gates = torch.sigmoid(pre[:, ::2])
             candidate = torch.tanh(gates[:, 0] * pre[:, 1])
             h = torch.lerp(before, candidate, gates[:, 1])
             part = None if latent_part is None else latent_part[:, t]
             hidden_norm = normalise(product(h, transposed[2], part), w.hidden_scale, w.hidden_shift)
             out = F.silu(hidden_norm[1])
-            logits.append(product(out, transposed[3], w.out_bias).unflatten(-1, shape))
+            logits.append(product(out, transposed[3], w.out_bias).view(batch, *shape))
             probs = softmax(logits[-1])
-            steps.append(Step(z, input_norm, gru_in, gru_norm, gates, candidate, h, hidden_norm, out, probs))
+            steps.append(Step(z, input_norm, gru_in, gru_norm, pre[:, 1], gates, candidate, h, hidden_norm, out, probs))
             draw = draw_onehot(mix_uniform(probs, unimix))
             z = draw.flatten(1)
             draws = [draw] if t == 0 else [*draws, draw]
@@ -725,7 +728,7 @@ class _FastSteps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, stoch_grad, deter_grad, logit_grad):
         w, steps, first = StepWeights(*ctx.saved_tensors), ctx.steps, ctx.first
-        low = StepWeights(*(x.to(ctx.dtype) for x in w))
+        w_stoch, w_gru, w_deter, w_out = (x.to(ctx.dtype) for x in (w.stoch, w.gru, w.deter, w.out))
         batch, size = steps[0].deter.shape
         stoch_grad, deter_grad = (
             x.new_zeros(batch, len(steps), x[0].numel()) if grad is None else grad.flatten(2)
@@ -736,12 +739,12 @@ class _FastSteps(torch.autograd.Function):
         keep = None if first is None else (~first).to(deter_grad.dtype).unsqueeze(-1)
 
         # Gates act on each element alone: d deter / d gates (T, B, 3, D) and d deter / d before, of all steps at once.
-        gates, candidate, gru_in = (rows([getattr(s, k) for s in steps]) for k in ("gates", "candidate", "gru"))
-        pre, before = rows([s.gru_norm[1].unflatten(-1, (3, -1))[:, 1] for s in steps]), gru_in[:, hidden:]
+        gates, candidate = rows([s.gates for s in steps]), rows([s.candidate for s in steps])
+        pre, gru_in = rows([s.pre for s in steps]), rows([s.gru for s in steps])
         slopes, inner = gates.new_empty(len(gates), 3, size), torch.empty_like(gates)
-        slope = torch.ops.aten.tanh_backward(gates[:, 1], candidate)
+        slope = torch.ops.aten.tanh_backward.default(gates[:, 1], candidate)
         torch.mul(slope, pre, out=inner[:, 0])
-        torch.sub(candidate, before, out=inner[:, 1])
+        torch.sub(candidate, gru_in[:, hidden:], out=inner[:, 1])
         torch.ops.aten.sigmoid_backward.grad_input(inner, gates, grad_input=slopes[:, ::2])
         torch.mul(slope, gates[:, 0], out=slopes[:, 1])
         slopes, passed = slopes.split(batch), (1.0 - gates[:, 1]).split(batch)
@@ -760,16 +763,16 @@ class _FastSteps(torch.autograd.Function):
             else:
                 logit = torch.add(logit_grad[:, t], from_draw, alpha=1.0 - ctx.unimix)
             logit = logit.flatten(1)
-            hidden_act = torch.ops.aten.silu_backward(product(logit, low.out), s.hidden_norm[1])
+            hidden_act = torch.ops.aten.silu_backward.default(product(logit, w_out), s.hidden_norm[1])
             hidden_in = normalise_backward(hidden_act, s.hidden_norm, w.hidden_scale, w.hidden_shift, only_input)[0]
-            deter = product(hidden_in, low.deter, deter)
+            deter = product(hidden_in, w_deter, deter)
             gru_act = (deter.unsqueeze(1) * slopes[t]).flatten(1)
             gru_out = normalise_backward(gru_act, s.gru_norm, w.gru_scale, w.gru_shift, only_input)[0]
-            both = product(gru_out, low.gru)
+            both = product(gru_out, w_gru)
             h_grad = torch.addcmul(both[:, hidden:], deter, passed[t])
-            input_act = torch.ops.aten.silu_backward(both[:, :hidden], s.input_norm[1])
+            input_act = torch.ops.aten.silu_backward.default(both[:, :hidden], s.input_norm[1])
             input_in = normalise_backward(input_act, s.input_norm, w.input_scale, w.input_shift, only_input)[0]
-            z_grad = product(input_in, low.stoch)
+            z_grad = product(input_in, w_stoch) if t or ctx.needs_input_grad[5] else None
             grads.append((input_act, input_in, gru_act, gru_out, hidden_act, hidden_in, logit, z_grad, h_grad))
 
         *layers, z_grads, h_grads = zip(*reversed(grads), strict=True)
@@ -804,6 +807,82 @@ class _FastSteps(torch.autograd.Function):
         ]
         stoch, gru, deter, out = (x.to(w.stoch.dtype) for x in products)
         return *inputs, stoch, *norms[0], gru, *norms[1], deter, *norms[2], out, logit.sum(0)
+
+
+class SequenceMLP:
+    """An `MLP` applied at each step of a sequence to inputs without gradient; its own is computed for all steps at once.
+
+    Only for layers with LayerNorm and SiLU. Step by step, the backward pass would take as many thin products, reductions
+    and additions of the weights' size as there are steps.
+    """
+
+    def __init__(self, mlp: MLP):
+        self.steps: list = []
+        self.blocks = [mlp.layers[i : i + 2] for i in range(0, len(mlp.layers), 3)]
+        self.out = mlp.out
+        device = mlp.out.weight.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mlp.out.weight.dtype
+        # Every step depends on this node, so its backward pass runs after theirs.
+        self.anchor = _MLPGradient.apply(self, *(p for part in (*self.blocks, mlp.out) for p in part.parameters()))
+
+    @staticmethod
+    def serves(mlp: MLP) -> bool:
+        """Whether `mlp` has the structure for it. Tracing cannot follow gradients collected on the side."""
+        parts = zip(mlp.layers, (nn.Linear, nn.LayerNorm, nn.SiLU) * len(mlp.layers), strict=False)
+        return all(isinstance(layer, kind) for layer, kind in parts) and not torch.compiler.is_compiling()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, inputs), its gradient ignored -> (B, outputs)."""
+        with torch.no_grad():
+            x, inputs, norms = x.detach(), [], []
+            for linear, norm in self.blocks:
+                inputs.append(x)
+                norms.append(normalise(product(x, linear.weight.t().to(self.dtype)), norm.weight, norm.bias))
+                x = F.silu(norms[-1][1])
+            y = product(x, self.out.weight.t().to(self.dtype), self.out.bias)
+        return _MLPStep.apply(y, self.anchor, self, ([*inputs, x], norms))
+
+
+class _MLPStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, anchor: Tensor, sequence: SequenceMLP, saved: tuple) -> Tensor:
+        ctx.sequence, ctx.saved = sequence, saved
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        ctx.sequence.steps.append((*ctx.saved, gradient))
+        return None, torch.zeros_like(gradient[0, 0]), None, None
+
+
+class _MLPGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sequence: SequenceMLP, *parameters: Tensor) -> Tensor:
+        ctx.sequence = sequence
+        return parameters[-1].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        blocks, out, dtype = ctx.sequence.blocks, ctx.sequence.out, ctx.sequence.dtype
+        inputs, norms, gradients = zip(*ctx.sequence.steps, strict=True)
+        ctx.sequence.steps.clear()
+
+        def weight(gradient, index, parameter):
+            x = rows([step[index] for step in inputs])
+            return (gradient.to(dtype).t() @ x.to(dtype)).to(parameter.dtype)
+
+        gradient = rows(gradients)
+        grads = [weight(gradient, -1, out.weight), gradient.sum(0)]
+        x = product(gradient, out.weight.to(dtype))
+        for index in reversed(range(len(blocks))):
+            linear, layer = blocks[index]
+            norm = tuple(map(rows, zip(*(step[index] for step in norms), strict=True)))
+            x = torch.ops.aten.silu_backward.default(x, norm[1])
+            x, *shifts = normalise_backward(x, norm, layer.weight, layer.bias, [True, True, True])
+            grads = [weight(x, index, linear.weight), *shifts, *grads]
+            if index:
+                x = product(x, linear.weight.to(dtype))
+        return None, *grads
 
 
 # --- latent dynamics ------------------------------------------------------------------------------------------------
