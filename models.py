@@ -66,7 +66,8 @@ Metrics = dict[str, Tensor | float]
 
 def tensor_stats(name: str, x: Tensor) -> dict[str, Tensor]:
     x = x.detach()
-    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(), f"{name}_min": x.min(), f"{name}_max": x.max()}
+    low, high = torch.aminmax(x)
+    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(), f"{name}_min": low, f"{name}_max": high}
 
 
 # --- KL terms -------------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ class WorldModel(nn.Module):
 
         metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}
         metrics |= {"kl": rep.detach().mean()}
-        metrics |= {"min_reward": data["reward"].min(), "max_reward": data["reward"].max()}
+        metrics["min_reward"], metrics["max_reward"] = torch.aminmax(data["reward"])
         metrics["prior_ent"] = dynamics.entropy(prior.detach()).mean()
         metrics["post_ent"] = dynamics.entropy(post.detach()).mean()
         return total, filtered, metrics
@@ -419,10 +420,10 @@ class ActorCritic(nn.Module):
         for k in range(self.imag_horizon):
             feats.append(states[k].feat)
             outputs.append(actor(feats[k].detach() if self.behavior_stop_grad else feats[k]))
-            actions.append(bound_action(self.actor.policy(outputs[k]).sample()))
+            actions.append(self.actor.policy(outputs[k]).sample())
             if k < self.imag_horizon - 1:
                 states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
-        return states, torch.stack(feats), torch.stack(actions), self.actor.policy(torch.stack(outputs))
+        return states, torch.stack(feats), bound_action(torch.stack(actions)), self.actor.policy(torch.stack(outputs))
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None

@@ -23,9 +23,14 @@ TRUNCATED_STD = 0.87962566103423978
 # --- random draws ---------------------------------------------------------------------------------------------------
 
 
-def draw_onehot(probs: Tensor) -> Tensor:
-    """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync."""
-    index = (probs.cumsum(-1)[..., :-1] <= torch.rand_like(probs[..., :1])).sum(-1, keepdim=True)
+def draw_onehot(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync.
+
+    `uniform` (..., 1) are random numbers in [0, 1), if they are drawn already.
+    """
+    if uniform is None:
+        uniform = torch.rand_like(probs[..., :1])
+    index = (probs.cumsum(-1)[..., :-1] <= uniform).sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
@@ -72,7 +77,7 @@ def softmax_backward(gradient: Tensor, probs: Tensor) -> Tensor:
 
 def mix_uniform(probs: Tensor, share: float) -> Tensor:
     """(1 - share) probs + share / K."""
-    return torch.add(probs.new_full((), share / probs.shape[-1]), probs, alpha=1.0 - share) if share else probs
+    return probs * (1.0 - share) + share / probs.shape[-1] if share else probs
 
 
 # --- distributions --------------------------------------------------------------------------------------------------
@@ -111,7 +116,7 @@ class OneHot:
         return F.one_hot(log_probs.argmax(-1), log_probs.shape[-1]) + (log_probs - log_probs.detach())
 
     def log_prob(self, onehot: Tensor) -> Tensor:
-        return self.log_probs.gather(-1, onehot.argmax(-1, keepdim=True)).squeeze(-1)
+        return (self.log_probs * onehot.detach()).sum(-1)
 
     def entropy(self) -> Tensor:
         return -(self.probs * self.log_probs).sum(-1)
@@ -162,6 +167,8 @@ class UnitNormal:
 class TwoHot:
     """Scalar regression by classification on 255 symlog-spaced buckets, `logits` (..., 255) (DreamerV3)."""
 
+    LIMIT = 20.0  # of the buckets, in symlog space
+
     def __init__(self, logits: Tensor, buckets: Tensor):
         self.logits, self.buckets, self._log_probs = logits, buckets, None
 
@@ -178,16 +185,13 @@ class TwoHot:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Two-hot log-likelihood of scalars `x` (...), shape (...)."""
-        x = symlog(x)
-        last = len(self.buckets) - 1
-        above = torch.bucketize(x, self.buckets, right=True)
-        low, high = (above - 1).clamp(0, last), above.clamp(0, last)
-        gap_low, gap_high = (x - self.buckets[low]).abs(), (self.buckets[high] - x).abs()
-        # Out of range both indices are the end bucket; it then takes all the mass.
-        weight_low = torch.where(low == high, 1.0, gap_high / (gap_low + gap_high))
-        log_low = self.log_probs.gather(-1, low.unsqueeze(-1)).squeeze(-1)
-        log_high = self.log_probs.gather(-1, high.unsqueeze(-1)).squeeze(-1)
-        return weight_low * log_low + (1.0 - weight_low) * log_high
+        # Each bucket's share falls off linearly to zero at its neighbours. Out of range the end bucket takes all. (As a
+        # product: selecting the two buckets by index would be sorted on CUDA, to be deterministic.)
+        first, last = -self.LIMIT, self.LIMIT
+        x = symlog(x).clamp(first, last).unsqueeze(-1)
+        gap = (last - first) / (len(self.buckets) - 1)
+        share = (1.0 - (x - self.buckets).abs() / gap).clamp(min=0.0)
+        return (share * self.log_probs).sum(-1)
 
 
 class Bernoulli:
@@ -541,7 +545,7 @@ class ScalarHead(MLP):
         outputs = self.BUCKETS if dist == "symlog_disc" else 1
         super().__init__(inputs, outputs, layers=layers, units=units, act=act, norm=norm, outscale=outscale)
         self.dist = dist
-        self.register_buffer("buckets", torch.linspace(-20.0, 20.0, self.BUCKETS), persistent=False)
+        self.register_buffer("buckets", torch.linspace(-TwoHot.LIMIT, TwoHot.LIMIT, self.BUCKETS), persistent=False)
 
     def forward(self, feat: Tensor) -> TwoHot | UnitNormal | Bernoulli:
         return self.distribution(self.outputs(feat))
@@ -693,7 +697,10 @@ class _FastSteps(torch.autograd.Function):
         transposed = [x.t().to(dtype) for x in weights]
         if length > 1:  # thin products read them faster like this
             transposed = [x.contiguous() for x in transposed]
-        z, h, steps, logits = stoch, deter, [], []
+        z, h, steps, logits, draws = stoch, deter, [], [], []
+        # Of all steps at once: random numbers, and what every class has of the uniform share.
+        uniform = torch.rand(length, batch, *shape[:-1], 1, dtype=h.dtype, device=h.device)
+        share = h.new_full((), unimix / shape[-1])
         for t in range(length):
             gru_in = h.new_empty(batch, hidden + h.shape[-1])
             before = gru_in[:, hidden:]
@@ -716,9 +723,8 @@ class _FastSteps(torch.autograd.Function):
             logits.append(product(out, transposed[3], w.out_bias).view(batch, *shape))
             probs = softmax(logits[-1])
             steps.append(Step(z, input_norm, gru_in, gru_norm, pre[:, 1], gates, candidate, h, hidden_norm, out, probs))
-            draw = draw_onehot(mix_uniform(probs, unimix))
-            z = draw.flatten(1)
-            draws = [draw] if t == 0 else [*draws, draw]
+            draws.append(draw_onehot(torch.add(share, probs, alpha=1.0 - unimix), uniform[t]))
+            z = draws[t].flatten(1)
         ctx.steps, ctx.unimix, ctx.first, ctx.dtype = steps, unimix, first, dtype
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
@@ -852,7 +858,7 @@ class _MLPStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         ctx.sequence.steps.append((*ctx.saved, gradient))
-        return None, torch.zeros_like(gradient[0, 0]), None, None
+        return None, None, None, None
 
 
 class _MLPGradient(torch.autograd.Function):
@@ -917,12 +923,15 @@ def stack_states(states: list[State], dim: int) -> State:
 
 
 def where_state(flag: Tensor, yes: State, no: State) -> State:
-    """Per entry: `yes` where `flag` (leading axes) is set, else `no`. Leading axes broadcast."""
+    """Per entry: `yes` where `flag` (leading axes) is set, else `no`. Leading axes broadcast.
+
+    Only `deter` and `stoch`, which are all that a step reads; the rest is that of `no`.
+    """
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(flag.reshape(*flag.shape, *[1] * (b.dim() - flag.dim())), a, b)
 
-    return State(*map(pick, yes, no))
+    return State(pick(yes.deter, no.deter), pick(yes.stoch, no.stoch), no.logit)
 
 
 class GRUCell(nn.Module):
@@ -1079,13 +1088,13 @@ class RSSM(nn.Module):
                 posts.append(state)
             post = stack_states(posts, 1)
         if self.shared:
-            action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+            action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
         return post, self.prior(post.deter, sample)
 
     def _filter_inputs(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """What action and embedding add to their first layers, (..., H) each; needs no recurrence."""
-        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+        action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
         return self._action_part(action, embed), self._embed_part(embed)
 
     def _filter(
@@ -1153,7 +1162,8 @@ class RSSM(nn.Module):
     def shift(self, state: State, is_first: Tensor) -> State:
         """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""
         initial = self.initial(is_first.shape[:1])
-        previous = State(*(torch.cat([i.unsqueeze(1), x[:, :-1]], 1) for i, x in zip(initial, state, strict=True)))
+        before = [torch.cat([i.unsqueeze(1), x[:, :-1]], 1) for i, x in zip(initial[:2], state[:2], strict=True)]
+        previous = State(*before, state.logit)
         return where_state(is_first, initial.map(lambda x: x.unsqueeze(1)), previous)
 
     def _latent(self, deter: Tensor, out: Tensor, sample: bool) -> State:
