@@ -66,8 +66,8 @@ Metrics = dict[str, Tensor | float]
 
 def tensor_stats(name: str, x: Tensor) -> dict[str, Tensor]:
     x = x.detach()
-    low, high = torch.aminmax(x)
-    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(), f"{name}_min": low, f"{name}_max": high}
+    (std, mean), (low, high) = torch.std_mean(x), torch.aminmax(x)
+    return {f"{name}_mean": mean, f"{name}_std": std, f"{name}_min": low, f"{name}_max": high}
 
 
 # --- KL terms -------------------------------------------------------------------------------------------------------
@@ -343,13 +343,32 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: floa
     All inputs are (H, N) along one imagined trajectory; the result is (H - 1, N).
     """
     # (H - 1, N): what does not depend on the recursion is computed for all steps at once.
-    known = (reward[1:] + (1.0 - lambda_) * discount[1:] * value[1:]).unbind()
-    decay = (lambda_ * discount[1:]).unbind()
-    last, returns = value[-1], []
-    for k in reversed(range(len(known))):
-        last = torch.addcmul(known[k], decay[k], last)
-        returns.append(last)
-    return torch.stack(returns[::-1])
+    known = reward[1:] + (1.0 - lambda_) * discount[1:] * value[1:]
+    return _Discounted.apply(known, lambda_ * discount[1:], value[-1])
+
+
+class _Discounted(torch.autograd.Function):
+    """G_k = known_k + decay_k G_{k+1} of known and decay (H,N) from G_H = last (N), with the fewest operations."""
+
+    @staticmethod
+    def forward(ctx, known: Tensor, decay: Tensor, last: Tensor) -> Tensor:
+        returns = [last]
+        for k in reversed(range(len(known))):
+            returns.append(torch.addcmul(known[k], decay[k], returns[-1]))
+        # (H + 1, N)
+        returns = torch.stack(returns[::-1])
+        ctx.save_for_backward(decay, returns)
+        return returns[:-1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        decay, returns = ctx.saved_tensors
+        grads = [gradient[0]]
+        for k in range(1, len(gradient)):
+            grads.append(torch.addcmul(gradient[k], decay[k - 1], grads[-1]))
+        known = torch.stack(grads)
+        return known, known * returns[1:], decay[-1] * grads[-1]
 
 
 class ActorCritic(nn.Module):
@@ -417,12 +436,13 @@ class ActorCritic(nn.Module):
         states, feats, actions, outputs = [start], [], [], []
         fast = self.behavior_stop_grad and SequenceMLP.serves(self.actor)
         actor = SequenceMLP(self.actor) if fast else self.actor.outputs
+        step = dynamics.imagination(len(start.deter), self.imag_horizon - 1, self.imag_sample)
         for k in range(self.imag_horizon):
             feats.append(states[k].feat)
             outputs.append(actor(feats[k].detach() if self.behavior_stop_grad else feats[k]))
             actions.append(self.actor.policy(outputs[k]).sample())
             if k < self.imag_horizon - 1:
-                states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
+                states.append(step(states[k], actions[k]))
         return states, torch.stack(feats), bound_action(torch.stack(actions)), self.actor.policy(torch.stack(outputs))
 
     def loss(

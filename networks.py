@@ -9,6 +9,8 @@ across implementations. Sizes follow DreamerV3 (Hafner et al., 2023), on which H
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,15 +25,15 @@ TRUNCATED_STD = 0.87962566103423978
 # --- random draws ---------------------------------------------------------------------------------------------------
 
 
-def draw_onehot(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
+def draw_onehot(probs: Tensor, uniform: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
     """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync.
 
-    `uniform` (..., 1) are random numbers in [0, 1), if they are drawn already.
+    `uniform` (..., 1), numbers in [0, 1), and `zeros` (..., K), to hold the draw, may be made in advance for many draws.
     """
     if uniform is None:
         uniform = torch.rand_like(probs[..., :1])
     index = (probs.cumsum(-1)[..., :-1] <= uniform).sum(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+    return (torch.zeros_like(probs) if zeros is None else zeros).scatter_(-1, index, 1.0)
 
 
 def draw_normal(mean: Tensor) -> Tensor:
@@ -683,11 +685,12 @@ class _FastSteps(torch.autograd.Function):
     """T steps of an `RSSM` from stoch (B,S*K), deter (B,D): the new stoch (B,T,S,K), deter (B,T,D), logit (B,T,S,K).
 
     `action_part` and `latent_part` (B,T,H) are what actions and embeddings add to the first layers; without the latter
-    the latent is the prior's. Rows of a step at which `first` (B,T) is set begin at the given state again.
+    the latent is the prior's. Rows of a step at which `first` (B,T) is set begin at the given state again. `share` is
+    unimix / K as a tensor, `uniform` (T,B,S,1) the random numbers of the draws.
     """
 
     @staticmethod
-    def forward(ctx, shape, unimix, first, action_part, latent_part, stoch, deter, *parameters):
+    def forward(ctx, unimix, share, uniform, first, action_part, latent_part, stoch, deter, *parameters):
         w = StepWeights(*parameters)
         batch, length, hidden = action_part.shape
         dtype, device = w.stoch.dtype, w.stoch.device.type
@@ -697,10 +700,9 @@ class _FastSteps(torch.autograd.Function):
         transposed = [x.t().to(dtype) for x in weights]
         if length > 1:  # thin products read them faster like this
             transposed = [x.contiguous() for x in transposed]
+        classes = stoch.shape[1] // uniform.shape[2]
         z, h, steps, logits, draws = stoch, deter, [], [], []
-        # Of all steps at once: random numbers, and what every class has of the uniform share.
-        uniform = torch.rand(length, batch, *shape[:-1], 1, dtype=h.dtype, device=h.device)
-        share = h.new_full((), unimix / shape[-1])
+        zeros = h.new_zeros(*uniform.shape[:3], classes)
         for t in range(length):
             gru_in = h.new_empty(batch, hidden + h.shape[-1])
             before = gru_in[:, hidden:]
@@ -720,10 +722,10 @@ class _FastSteps(torch.autograd.Function):
             part = None if latent_part is None else latent_part[:, t]
             hidden_norm = normalise(product(h, transposed[2], part), w.hidden_scale, w.hidden_shift)
             out = F.silu(hidden_norm[1])
-            logits.append(product(out, transposed[3], w.out_bias).view(batch, *shape))
+            logits.append(product(out, transposed[3], w.out_bias).view(zeros[t].shape))
             probs = softmax(logits[-1])
             steps.append(Step(z, input_norm, gru_in, gru_norm, pre[:, 1], gates, candidate, h, hidden_norm, out, probs))
-            draws.append(draw_onehot(torch.add(share, probs, alpha=1.0 - unimix), uniform[t]))
+            draws.append(draw_onehot(torch.add(share, probs, alpha=1.0 - unimix), uniform[t], zeros[t]))
             z = draws[t].flatten(1)
         ctx.steps, ctx.unimix, ctx.first, ctx.dtype = steps, unimix, first, dtype
         ctx.save_for_backward(*parameters)
@@ -740,7 +742,7 @@ class _FastSteps(torch.autograd.Function):
             x.new_zeros(batch, len(steps), x[0].numel()) if grad is None else grad.flatten(2)
             for x, grad in ((steps[0].probs, stoch_grad), (steps[0].deter, deter_grad))
         )
-        hidden, trained = len(w.stoch), any(ctx.needs_input_grad[7:])
+        hidden, trained = len(w.stoch), any(ctx.needs_input_grad[8:])
         only_input = [True, False, False]
         keep = None if first is None else (~first).to(deter_grad.dtype).unsqueeze(-1)
 
@@ -778,7 +780,7 @@ class _FastSteps(torch.autograd.Function):
             h_grad = torch.addcmul(both[:, hidden:], deter, passed[t])
             input_act = torch.ops.aten.silu_backward.default(both[:, :hidden], s.input_norm[1])
             input_in = normalise_backward(input_act, s.input_norm, w.input_scale, w.input_shift, only_input)[0]
-            z_grad = product(input_in, w_stoch) if t or ctx.needs_input_grad[5] else None
+            z_grad = product(input_in, w_stoch) if t or ctx.needs_input_grad[6] else None
             grads.append((input_act, input_in, gru_act, gru_out, hidden_act, hidden_in, logit, z_grad, h_grad))
 
         *layers, z_grads, h_grads = zip(*reversed(grads), strict=True)
@@ -787,13 +789,10 @@ class _FastSteps(torch.autograd.Function):
             flag = first.t().unsqueeze(-1).to(deter_grad.dtype)
             flag[0] = 1.0
             z_grad, h_grad = ((flag * torch.stack(x)).sum(0) for x in (z_grads, h_grads))
-        latent_grad = sequence(layers[5]) if ctx.needs_input_grad[4] else None
-        inputs = None, None, None, sequence(layers[1]), latent_grad, z_grad, h_grad
+        latent_grad = sequence(layers[5]) if ctx.needs_input_grad[5] else None
+        inputs = None, None, None, None, sequence(layers[1]), latent_grad, z_grad, h_grad
         if not trained:
             return *inputs, *[None] * len(w)
-
-        def collect(name):
-            return tuple(map(rows, zip(*(getattr(s, name) for s in steps), strict=True)))
 
         input_act, input_in, gru_act, gru_out, hidden_act, hidden_in, logit = map(rows, layers)
         products = [
@@ -805,12 +804,14 @@ class _FastSteps(torch.autograd.Function):
                 (logit, rows([s.out for s in steps])),
             )
         ]
-        mask = [False, True, True]
-        norms = [
-            normalise_backward(input_act, collect("input_norm"), w.input_scale, w.input_shift, mask)[1:],
-            normalise_backward(gru_act, collect("gru_norm"), w.gru_scale, w.gru_shift, mask)[1:],
-            normalise_backward(hidden_act, collect("hidden_norm"), w.hidden_scale, w.hidden_shift, mask)[1:],
-        ]
+        norms = []
+        for gradient, inputs_of, scale, shift in (
+            (input_act, [s.input_norm[0] for s in steps], w.input_scale, w.input_shift),
+            (gru_act, [s.gru_norm[0] for s in steps], w.gru_scale, w.gru_shift),
+            (hidden_act, [s.hidden_norm[0] for s in steps], w.hidden_scale, w.hidden_shift),
+        ):
+            norm = normalise(rows(inputs_of), scale, shift)
+            norms.append(normalise_backward(gradient, norm, scale, shift, [False, True, True])[1:])
         stoch, gru, deter, out = (x.to(w.stoch.dtype) for x in products)
         return *inputs, stoch, *norms[0], gru, *norms[1], deter, *norms[2], out, logit.sum(0)
 
@@ -843,8 +844,8 @@ class SequenceMLP:
             x, inputs, norms = x.detach(), [], []
             for linear, norm in self.blocks:
                 inputs.append(x)
-                norms.append(normalise(product(x, linear.weight.t().to(self.dtype)), norm.weight, norm.bias))
-                x = F.silu(norms[-1][1])
+                norms.append(product(x, linear.weight.t().to(self.dtype)))
+                x = F.silu(norm(norms[-1]))
             y = product(x, self.out.weight.t().to(self.dtype), self.out.bias)
         return _MLPStep.apply(y, self.anchor, self, ([*inputs, x], norms))
 
@@ -882,7 +883,7 @@ class _MLPGradient(torch.autograd.Function):
         x = product(gradient, out.weight.to(dtype))
         for index in reversed(range(len(blocks))):
             linear, layer = blocks[index]
-            norm = tuple(map(rows, zip(*(step[index] for step in norms), strict=True)))
+            norm = normalise(rows([step[index] for step in norms]), layer.weight, layer.bias)
             x = torch.ops.aten.silu_backward.default(x, norm[1])
             x, *shifts = normalise_backward(x, norm, layer.weight, layer.bias, [True, True, True])
             grads = [weight(x, index, linear.weight), *shifts, *grads]
@@ -965,6 +966,8 @@ class RSSM(nn.Module):
     prior). `rec_depth` > 1 repeats the GRU on its own output, always from the same hidden state, and needs H = D.
     """
 
+    share: Tensor
+
     def __init__(
         self,
         *,
@@ -1023,6 +1026,7 @@ class RSSM(nn.Module):
         self.initial_deter = nn.Parameter(torch.zeros(1, deter)) if initial == "learned" else None
 
         # The structure for which `_FastSteps` is written.
+        self.register_buffer("share", torch.tensor(unimix_ratio / max(1, discrete)), persistent=False)
         one_layer = input_layers == output_layers == rec_depth == 1 and (act, norm) == ("SiLU", "LayerNorm")
         self.fast = bool(one_layer and discrete and temp_post and not shared and cell == "gru_layer_norm")
 
@@ -1064,10 +1068,19 @@ class RSSM(nn.Module):
     def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
         """One step of imagination: the prior after `action` (..., A). `embed` serves `shared` posteriors only."""
         action_part = self._action_part(action, embed)
-        if action.dim() == 2 and self._is_fast(sample):
-            step = self._fast_steps(state, action_part.unsqueeze(1))
-            return step.map(lambda x: x.squeeze(1))
         return self.prior(self._recur(state, action_part), sample)
+
+    def imagination(self, size: int, steps: int, sample: bool = True) -> Callable[[State, Tensor], State]:
+        """`img_step` for `steps` steps of states (N,*), N = `size`; what they share is prepared once."""
+        if not self._is_fast(sample):
+            return partial(self.img_step, sample=sample)
+        weights, uniform = self._prior_weights(), iter(self._draw_uniform(steps, size).split(1))
+
+        def step(state: State, action: Tensor) -> State:
+            action_part = self._action_part(action, None).unsqueeze(1)
+            return self._fast_steps(state, action_part, weights, next(uniform)).map(lambda x: x.squeeze(1))
+
+        return step
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
         """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
@@ -1080,7 +1093,8 @@ class RSSM(nn.Module):
         # What does not depend on the recurrence is computed for all steps at once.
         inputs = self._filter_inputs(embed, action, is_first)
         if self._is_fast(sample):
-            post = self._fast_steps(initial, *inputs, is_first)
+            weights, uniform = self._post_weights(), self._draw_uniform(*is_first.t().shape)
+            post = self._fast_steps(initial, inputs[0], weights, uniform, inputs[1], is_first)
         else:
             state, posts = initial, []
             for action_part, embed_part, first in zip(*(x.unbind(1) for x in (*inputs, is_first)), strict=True):
@@ -1136,26 +1150,40 @@ class RSSM(nn.Module):
         """Whether `_fast_steps` serves; tracing follows the plain code, and modes are rare."""
         return self.fast and sample and not torch.compiler.is_compiling()
 
+    def _draw_uniform(self, steps: int, size: int) -> Tensor:
+        """Random numbers for one-hot draws, (T, B, S, 1)."""
+        return torch.rand(steps, size, *self.stoch_shape[:-1], 1, dtype=self.share.dtype, device=self.share.device)
+
+    def _prior_weights(self) -> StepWeights:
+        return self._step_weights(self.prior_hidden[0].weight, self.prior_hidden[1], self.prior_head)
+
+    def _post_weights(self) -> StepWeights:
+        deter = split_linear(self.post_hidden, self.post_sizes)[0]
+        return self._step_weights(deter, self.post_hidden[1], self.post_head)
+
+    def _step_weights(self, deter: Tensor, hidden_norm: nn.LayerNorm, head: nn.Linear) -> StepWeights:
+        stoch, input_norm = split_linear(self.input, self.input_sizes)[0], self.input[1]
+        gru, gru_norm = self.cell.linear.weight, self.cell.norm
+        return StepWeights(
+            *(stoch, input_norm.weight, input_norm.bias),
+            *(gru, gru_norm.weight, gru_norm.bias + self.cell.gate_bias),
+            *(deter, hidden_norm.weight, hidden_norm.bias),
+            *(head.weight, head.bias),
+        )
+
     def _fast_steps(
-        self, state: State, action_part: Tensor, embed_part: Tensor | None = None, is_first: Tensor | None = None
+        self,
+        state: State,
+        action_part: Tensor,
+        weights: StepWeights,
+        uniform: Tensor,
+        embed_part: Tensor | None = None,
+        is_first: Tensor | None = None,
     ) -> State:
         """Steps (B,T,*) from `state` (B,*) as `_filter` takes them; without `embed_part` as `img_step` does."""
-        stoch = split_linear(self.input, self.input_sizes)[0]
-        if embed_part is None:
-            deter, (_, norm, _), head = self.prior_hidden[0].weight, self.prior_hidden, self.prior_head
-        else:
-            deter = split_linear(self.post_hidden, self.post_sizes)[0]
-            (_, norm, _), head = self.post_hidden, self.post_head
-        norms = self.input[1], self.cell.norm, norm
-        scales, shifts = [x.weight for x in norms], [x.bias for x in norms]
-        shifts[1] = shifts[1] + self.cell.gate_bias
-        gru = self.cell.linear.weight
-        weights = StepWeights(
-            stoch, scales[0], shifts[0], gru, scales[1], shifts[1], deter, scales[2], shifts[2], head.weight, head.bias
-        )
         start = state.stoch.flatten(1), state.deter
         stoch, deter, logit = _FastSteps.apply(
-            self.stoch_shape, self.unimix, is_first, action_part, embed_part, *start, *weights
+            self.unimix, self.share, uniform, is_first, action_part, embed_part, *start, *weights
         )
         return State(deter, stoch, logit)
 

@@ -144,7 +144,7 @@ def fix_draws(monkeypatch, noise: float) -> None:
     monkeypatch.setattr(
         networks,
         "draw_onehot",
-        lambda probs, _=None: torch.nn.functional.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype),
+        lambda probs, *_: torch.nn.functional.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype),
     )
     monkeypatch.setattr(networks, "draw_normal", lambda mean: torch.full_like(mean, noise))
 

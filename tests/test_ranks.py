@@ -28,7 +28,7 @@ METHODS = {
 
 def learn(part: slice) -> dict[str, dict]:
     """By method: metrics and changed weights of two updates on rows `part` of a fixed batch, all chance replaced."""
-    networks.draw_onehot = lambda probs, _=None: torch.nn.functional.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs)
+    networks.draw_onehot = lambda probs, *_: torch.nn.functional.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs)
     networks.draw_normal = hrssm.draw_normal = torch.zeros_like
     batch = make_batch(rows=ROWS, resets=[(row, row) for row in range(ROWS)])
     mask = torch.rand(8, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.5
