@@ -436,11 +436,12 @@ class ActorCritic(nn.Module):
         states, feats, actions, outputs = [start], [], [], []
         fast = self.behavior_stop_grad and SequenceMLP.serves(self.actor)
         actor = SequenceMLP(self.actor) if fast else self.actor.outputs
+        noise = self.actor.draw_noise((self.imag_horizon, len(start.deter)), start.deter)
         step = dynamics.imagination(len(start.deter), self.imag_horizon - 1, self.imag_sample)
         for k in range(self.imag_horizon):
             feats.append(states[k].feat)
             outputs.append(actor(feats[k].detach() if self.behavior_stop_grad else feats[k]))
-            actions.append(self.actor.policy(outputs[k]).sample())
+            actions.append(self.actor.policy(outputs[k]).sample(noise[k]))
             if k < self.imag_horizon - 1:
                 states.append(step(states[k], actions[k]))
         return states, torch.stack(feats), bound_action(torch.stack(actions)), self.actor.policy(torch.stack(outputs))
@@ -474,16 +475,18 @@ class ActorCritic(nn.Module):
         weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()
         metrics = {}
 
-        advantage = returns - value[:-1]
+        baseline = value[:-1]
+        advantage = returns - baseline
         if self.return_norm is not None:
             offset, scale = self.return_norm(returns)
-            advantage = (returns - offset) / scale - (value[:-1] - offset) / scale
-            metrics |= tensor_stats("normed_target", (returns - offset) / scale)
+            normed = (returns - offset) / scale
+            advantage = normed - (baseline - offset) / scale
+            metrics |= tensor_stats("normed_target", normed)
             metrics["EMA_005"], metrics["EMA_095"] = self.return_norm.quantiles.clone().unbind()
         if self.imag_gradient == "dynamics":
             objective = advantage
         else:
-            objective = policy.log_prob(action)[:-1] * (returns - value[:-1]).detach()
+            objective = policy.log_prob(action)[:-1] * (returns - baseline).detach()
             if self.imag_gradient == "both":
                 objective = self.imag_gradient_mix * returns + (1.0 - self.imag_gradient_mix) * objective
                 metrics["imag_gradient_mix"] = self.imag_gradient_mix
@@ -503,7 +506,7 @@ class ActorCritic(nn.Module):
         if self.value_decay:
             value_loss = value_loss + self.value_decay * (weight * critic.mode.squeeze(-1)).mean()
 
-        metrics |= tensor_stats("value", value[:-1]) | tensor_stats("target", returns)
+        metrics |= tensor_stats("value", baseline) | tensor_stats("target", returns)
         metrics |= tensor_stats("imag_reward", reward)
         discrete = self.actor.dist == "onehot"
         metrics |= tensor_stats("imag_action", action.argmax(-1).to(reward.dtype) if discrete else action)

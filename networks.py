@@ -25,15 +25,27 @@ TRUNCATED_STD = 0.87962566103423978
 # --- random draws ---------------------------------------------------------------------------------------------------
 
 
-def draw_onehot(probs: Tensor, uniform: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
+def draw_onehot(probs: Tensor, uniform: Tensor | None = None, below: Tensor | None = None) -> Tensor:
     """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync.
 
-    `uniform` (..., 1), numbers in [0, 1), and `zeros` (..., K), to hold the draw, may be made in advance for many draws.
+    For many draws `uniform` (..., 1), numbers in [0, 1), and `below`, from `below_threshold`, may be made in advance.
     """
     if uniform is None:
         uniform = torch.rand_like(probs[..., :1])
-    index = (probs.cumsum(-1)[..., :-1] <= uniform).sum(-1, keepdim=True)
-    return (torch.zeros_like(probs) if zeros is None else zeros).scatter_(-1, index, 1.0)
+    mass = probs.cumsum(-1)[..., :-1]
+    if below is None:
+        index = (mass <= uniform).sum(-1, keepdim=True)
+        return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+    # [1, ..., 1, 0, ..., 0]: whether the mass of the classes before is at most the number. The draw is where that ends.
+    torch.le(mass, uniform, out=below[..., 1:-1])
+    return below[..., :-1] - below[..., 1:]
+
+
+def below_threshold(probs: Tensor) -> Tensor:
+    """Memory (..., K + 1) for `draw_onehot`, whose ends are set."""
+    below = probs.new_ones(*probs.shape[:-1], probs.shape[-1] + 1)
+    below[..., -1] = 0.0
+    return below
 
 
 def draw_normal(mean: Tensor) -> Tensor:
@@ -85,6 +97,11 @@ def mix_uniform(probs: Tensor, share: float) -> Tensor:
 # --- distributions --------------------------------------------------------------------------------------------------
 
 
+def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
+    """`value`, with the gradient of `surrogate`."""
+    return value + (surrogate - surrogate.detach()) if surrogate.requires_grad else value
+
+
 class OneHot:
     """Categorical over one-hot vectors, `logits` (..., K); a share `unimix` of the mass is uniform.
 
@@ -109,13 +126,14 @@ class OneHot:
         other.probs, other._log_probs = self.probs.detach(), self.log_probs.detach()
         return other
 
-    def sample(self) -> Tensor:
-        return draw_onehot(self.probs.detach()) + (self.probs - self.probs.detach())
+    def sample(self, uniform: Tensor | None = None) -> Tensor:
+        return straight_through(draw_onehot(self.probs.detach(), uniform), self.probs)
 
     @property
     def mode(self) -> Tensor:
         log_probs = self.log_probs
-        return F.one_hot(log_probs.argmax(-1), log_probs.shape[-1]) + (log_probs - log_probs.detach())
+        onehot = torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1.0)
+        return straight_through(onehot, log_probs)
 
     def log_prob(self, onehot: Tensor) -> Tensor:
         return (self.log_probs * onehot.detach()).sum(-1)
@@ -133,8 +151,8 @@ class Normal:
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean, self.std = mean, std
 
-    def sample(self) -> Tensor:
-        return self.mean + self.std * draw_normal(self.mean)
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        return self.mean + self.std * (draw_normal(self.mean) if noise is None else noise)
 
     @property
     def mode(self) -> Tensor:
@@ -600,6 +618,13 @@ class ActorHead(MLP):
         """The network's outputs, parameters of the distribution."""
         return super().forward(feat)
 
+    def draw_noise(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Random numbers for `policy(out).sample` for `out` (*shape, outputs) of all steps at once."""
+        if self.dist == "onehot":
+            return torch.rand(*shape, 1, dtype=like.dtype, device=like.device)
+        outputs = self.out.out_features
+        return draw_normal(like.new_empty(*shape, outputs if self.dist == "normal_1" else outputs // 2))
+
     def policy(self, out: Tensor) -> Normal | OneHot:
         """Distribution from the network's outputs."""
         if self.dist == "onehot":
@@ -640,7 +665,6 @@ class Step(NamedTuple):
 
     stoch: Tensor
     input_norm: tuple[Tensor, ...]
-    gru: Tensor
     gru_norm: tuple[Tensor, ...]
     pre: Tensor
     gates: Tensor
@@ -686,11 +710,11 @@ class _FastSteps(torch.autograd.Function):
 
     `action_part` and `latent_part` (B,T,H) are what actions and embeddings add to the first layers; without the latter
     the latent is the prior's. Rows of a step at which `first` (B,T) is set begin at the given state again. `share` is
-    unimix / K as a tensor, `uniform` (T,B,S,1) the random numbers of the draws.
+    unimix / K as a tensor, `uniform` (T,B,S,1) and `below` (B,S,K+1) are for the draws.
     """
 
     @staticmethod
-    def forward(ctx, unimix, share, uniform, first, action_part, latent_part, stoch, deter, *parameters):
+    def forward(ctx, unimix, share, uniform, below, first, action_part, latent_part, stoch, deter, *parameters):
         w = StepWeights(*parameters)
         batch, length, hidden = action_part.shape
         dtype, device = w.stoch.dtype, w.stoch.device.type
@@ -700,12 +724,10 @@ class _FastSteps(torch.autograd.Function):
         transposed = [x.t().to(dtype) for x in weights]
         if length > 1:  # thin products read them faster like this
             transposed = [x.contiguous() for x in transposed]
-        classes = stoch.shape[1] // uniform.shape[2]
         z, h, steps, logits, draws = stoch, deter, [], [], []
-        zeros = h.new_zeros(*uniform.shape[:3], classes)
+        gru_ins = h.new_empty(length, batch, hidden + h.shape[-1])
         for t in range(length):
-            gru_in = h.new_empty(batch, hidden + h.shape[-1])
-            before = gru_in[:, hidden:]
+            gru_in, before = gru_ins[t], gru_ins[t, :, hidden:]
             if t == 0 or first is None:
                 before.copy_(h)
             else:
@@ -722,12 +744,12 @@ class _FastSteps(torch.autograd.Function):
             part = None if latent_part is None else latent_part[:, t]
             hidden_norm = normalise(product(h, transposed[2], part), w.hidden_scale, w.hidden_shift)
             out = F.silu(hidden_norm[1])
-            logits.append(product(out, transposed[3], w.out_bias).view(zeros[t].shape))
+            logits.append(product(out, transposed[3], w.out_bias).view(batch, below.shape[1], -1))
             probs = softmax(logits[-1])
-            steps.append(Step(z, input_norm, gru_in, gru_norm, pre[:, 1], gates, candidate, h, hidden_norm, out, probs))
-            draws.append(draw_onehot(torch.add(share, probs, alpha=1.0 - unimix), uniform[t], zeros[t]))
+            steps.append(Step(z, input_norm, gru_norm, pre[:, 1], gates, candidate, h, hidden_norm, out, probs))
+            draws.append(draw_onehot(torch.add(share, probs, alpha=1.0 - unimix), uniform[t], below))
             z = draws[t].flatten(1)
-        ctx.steps, ctx.unimix, ctx.first, ctx.dtype = steps, unimix, first, dtype
+        ctx.steps, ctx.gru_in, ctx.unimix, ctx.first, ctx.dtype = steps, gru_ins.flatten(0, 1), unimix, first, dtype
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
         return sequence(draws), sequence([step.deter for step in steps]), sequence(logits)
@@ -742,13 +764,13 @@ class _FastSteps(torch.autograd.Function):
             x.new_zeros(batch, len(steps), x[0].numel()) if grad is None else grad.flatten(2)
             for x, grad in ((steps[0].probs, stoch_grad), (steps[0].deter, deter_grad))
         )
-        hidden, trained = len(w.stoch), any(ctx.needs_input_grad[8:])
+        hidden, trained = len(w.stoch), any(ctx.needs_input_grad[9:])
         only_input = [True, False, False]
         keep = None if first is None else (~first).to(deter_grad.dtype).unsqueeze(-1)
 
         # Gates act on each element alone: d deter / d gates (T, B, 3, D) and d deter / d before, of all steps at once.
         gates, candidate = rows([s.gates for s in steps]), rows([s.candidate for s in steps])
-        pre, gru_in = rows([s.pre for s in steps]), rows([s.gru for s in steps])
+        pre, gru_in = rows([s.pre for s in steps]), ctx.gru_in
         slopes, inner = gates.new_empty(len(gates), 3, size), torch.empty_like(gates)
         slope = torch.ops.aten.tanh_backward.default(gates[:, 1], candidate)
         torch.mul(slope, pre, out=inner[:, 0])
@@ -780,7 +802,7 @@ class _FastSteps(torch.autograd.Function):
             h_grad = torch.addcmul(both[:, hidden:], deter, passed[t])
             input_act = torch.ops.aten.silu_backward.default(both[:, :hidden], s.input_norm[1])
             input_in = normalise_backward(input_act, s.input_norm, w.input_scale, w.input_shift, only_input)[0]
-            z_grad = product(input_in, w_stoch) if t or ctx.needs_input_grad[6] else None
+            z_grad = product(input_in, w_stoch) if t or first is not None or ctx.needs_input_grad[7] else None
             grads.append((input_act, input_in, gru_act, gru_out, hidden_act, hidden_in, logit, z_grad, h_grad))
 
         *layers, z_grads, h_grads = zip(*reversed(grads), strict=True)
@@ -789,8 +811,8 @@ class _FastSteps(torch.autograd.Function):
             flag = first.t().unsqueeze(-1).to(deter_grad.dtype)
             flag[0] = 1.0
             z_grad, h_grad = ((flag * torch.stack(x)).sum(0) for x in (z_grads, h_grads))
-        latent_grad = sequence(layers[5]) if ctx.needs_input_grad[5] else None
-        inputs = None, None, None, None, sequence(layers[1]), latent_grad, z_grad, h_grad
+        latent_grad = sequence(layers[5]) if ctx.needs_input_grad[6] else None
+        inputs = None, None, None, None, None, sequence(layers[1]), latent_grad, z_grad, h_grad
         if not trained:
             return *inputs, *[None] * len(w)
 
@@ -1039,12 +1061,14 @@ class RSSM(nn.Module):
 
     def entropy(self, dist: OneHot | Normal) -> Tensor:
         """Entropy of a `dist` in nats, summed over the latent groups, shape (...)."""
-        return dist.entropy().sum(-1) if self.classes else dist.entropy()
+        return -(dist.probs * dist.log_probs).sum((-2, -1)) if isinstance(dist, OneHot) else dist.entropy()
 
     def kl(self, left: OneHot | Normal, right: OneHot | Normal) -> Tensor:
         """KL(left || right) of two `dist` in nats, summed over the latent groups, shape (...)."""
+        if isinstance(left, OneHot) and isinstance(right, OneHot):
+            return (left.probs * (left.log_probs - right.log_probs)).sum((-2, -1))
         kl: Tensor = left.kl(right)  # type: ignore[arg-type]  # both are of one kind
-        return kl.sum(-1) if self.classes else kl
+        return kl
 
     def initial(self, lead: tuple[int, ...]) -> State:
         """The state before the first observation, of leading axes `lead`; gradients reach the learned part."""
@@ -1074,11 +1098,12 @@ class RSSM(nn.Module):
         """`img_step` for `steps` steps of states (N,*), N = `size`; what they share is prepared once."""
         if not self._is_fast(sample):
             return partial(self.img_step, sample=sample)
-        weights, uniform = self._prior_weights(), iter(self._draw_uniform(steps, size).split(1))
+        weights, uniform, below = self._prior_weights(), *self._prepare_draws(steps, size)
+        numbers = iter(uniform.split(1))
 
         def step(state: State, action: Tensor) -> State:
             action_part = self._action_part(action, None).unsqueeze(1)
-            return self._fast_steps(state, action_part, weights, next(uniform)).map(lambda x: x.squeeze(1))
+            return self._fast_steps(state, action_part, weights, next(numbers), below).map(lambda x: x.squeeze(1))
 
         return step
 
@@ -1093,8 +1118,8 @@ class RSSM(nn.Module):
         # What does not depend on the recurrence is computed for all steps at once.
         inputs = self._filter_inputs(embed, action, is_first)
         if self._is_fast(sample):
-            weights, uniform = self._post_weights(), self._draw_uniform(*is_first.t().shape)
-            post = self._fast_steps(initial, inputs[0], weights, uniform, inputs[1], is_first)
+            draws = self._prepare_draws(*is_first.t().shape)
+            post = self._fast_steps(initial, inputs[0], self._post_weights(), *draws, inputs[1], is_first)
         else:
             state, posts = initial, []
             for action_part, embed_part, first in zip(*(x.unbind(1) for x in (*inputs, is_first)), strict=True):
@@ -1150,9 +1175,11 @@ class RSSM(nn.Module):
         """Whether `_fast_steps` serves; tracing follows the plain code, and modes are rare."""
         return self.fast and sample and not torch.compiler.is_compiling()
 
-    def _draw_uniform(self, steps: int, size: int) -> Tensor:
-        """Random numbers for one-hot draws, (T, B, S, 1)."""
-        return torch.rand(steps, size, *self.stoch_shape[:-1], 1, dtype=self.share.dtype, device=self.share.device)
+    def _prepare_draws(self, steps: int, size: int) -> tuple[Tensor, Tensor]:
+        """For `draw_onehot` at T steps of B states: random numbers (T,B,S,1) and memory (B,S,K+1)."""
+        like = self.share
+        uniform = torch.rand(steps, size, self.stoch_shape[0], 1, dtype=like.dtype, device=like.device)
+        return uniform, below_threshold(like.expand(size, *self.stoch_shape))
 
     def _prior_weights(self) -> StepWeights:
         return self._step_weights(self.prior_hidden[0].weight, self.prior_hidden[1], self.prior_head)
@@ -1177,13 +1204,14 @@ class RSSM(nn.Module):
         action_part: Tensor,
         weights: StepWeights,
         uniform: Tensor,
+        below: Tensor,
         embed_part: Tensor | None = None,
         is_first: Tensor | None = None,
     ) -> State:
         """Steps (B,T,*) from `state` (B,*) as `_filter` takes them; without `embed_part` as `img_step` does."""
         start = state.stoch.flatten(1), state.deter
         stoch, deter, logit = _FastSteps.apply(
-            self.unimix, self.share, uniform, is_first, action_part, embed_part, *start, *weights
+            self.unimix, self.share, uniform, below, is_first, action_part, embed_part, *start, *weights
         )
         return State(deter, stoch, logit)
 
