@@ -295,7 +295,8 @@ class WorldModel(nn.Module):
             "cont": -cont.log_prob((~data["is_terminal"]).to(feat.dtype).unsqueeze(-1)).mean(),
         }
         losses |= self.representation.losses(data, filtered, predicted)
-        losses = {name: loss * self.scales[name] for name, loss in losses.items()}
+        # Weights of 1 cost nothing.
+        losses = {k: loss if self.scales[k] == 1.0 else loss * self.scales[k] for k, loss in losses.items()}
         total = sum((*losses.values(), *kl_losses.values()))
 
         metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}

@@ -204,13 +204,13 @@ class TwoHot:
         return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Two-hot log-likelihood of scalars `x` (...), shape (...)."""
+        """Two-hot log-likelihood of scalars `x` (...), without gradient of these, shape (...)."""
         # Each bucket's share falls off linearly to zero at its neighbours. Out of range the end bucket takes all. (As a
         # product: selecting the two buckets by index would be sorted on CUDA, to be deterministic.)
         first, last = -self.LIMIT, self.LIMIT
-        x = symlog(x).clamp(first, last).unsqueeze(-1)
         gap = (last - first) / (len(self.buckets) - 1)
-        share = (1.0 - (x - self.buckets).abs() / gap).clamp(min=0.0)
+        x = (symlog(x.detach()).clamp(first, last) / gap).unsqueeze(-1)
+        share = (1.0 - (x - self.buckets / gap).abs_()).clamp_(min=0.0)
         return (share * self.log_probs).sum(-1)
 
 
@@ -988,6 +988,7 @@ class RSSM(nn.Module):
     prior). `rec_depth` > 1 repeats the GRU on its own output, always from the same hidden state, and needs H = D.
     """
 
+    fast_on_cpu = False  # for tests
     share: Tensor
 
     def __init__(
@@ -1096,7 +1097,8 @@ class RSSM(nn.Module):
 
     def imagination(self, size: int, steps: int, sample: bool = True) -> Callable[[State, Tensor], State]:
         """`img_step` for `steps` steps of states (N,*), N = `size`; what they share is prepared once."""
-        if not self._is_fast(sample):
+        # On a CPU these operations take as long as autograd's, and calling them from Python takes longer.
+        if not self._is_fast(sample) or (self.share.device.type == "cpu" and not self.fast_on_cpu):
             return partial(self.img_step, sample=sample)
         weights, uniform, below = self._prior_weights(), *self._prepare_draws(steps, size)
         numbers = iter(uniform.split(1))
