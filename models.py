@@ -353,11 +353,11 @@ class _Discounted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, known: Tensor, decay: Tensor, last: Tensor) -> Tensor:
-        returns = [last]
+        steps = [last]
         for k in reversed(range(len(known))):
-            returns.append(torch.addcmul(known[k], decay[k], returns[-1]))
+            steps.append(torch.addcmul(known[k], decay[k], steps[-1]))
         # (H + 1, N)
-        returns = torch.stack(returns[::-1])
+        returns = torch.stack(steps[::-1])
         ctx.save_for_backward(decay, returns)
         return returns[:-1].clone()
 

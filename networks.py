@@ -645,7 +645,7 @@ class ActorHead(MLP):
 
 
 class StepWeights(NamedTuple):
-    """Parameters of a step: input layer, GRU, the latent's hidden layer, its output; `scale` and `shift` of each norm."""
+    """Parameters of a step: input layer, GRU, hidden layer, output; `scale` and `shift` of each norm."""
 
     stoch: Tensor
     input_scale: Tensor
@@ -839,20 +839,22 @@ class _FastSteps(torch.autograd.Function):
 
 
 class SequenceMLP:
-    """An `MLP` applied at each step of a sequence to inputs without gradient; its own is computed for all steps at once.
+    """An `MLP` applied at each step of a sequence to inputs without gradient, its own computed for all steps at once.
 
-    Only for layers with LayerNorm and SiLU. Step by step, the backward pass would take as many thin products, reductions
-    and additions of the weights' size as there are steps.
+    Only for layers with LayerNorm and SiLU. Step by step, the backward pass would take as many products, reductions and
+    additions of the weights' size as there are steps.
     """
 
     def __init__(self, mlp: MLP):
         self.steps: list = []
-        self.blocks = [mlp.layers[i : i + 2] for i in range(0, len(mlp.layers), 3)]
+        layers: list = list(mlp.layers)
+        self.blocks = [(linear, norm) for linear, norm in zip(layers[::3], layers[1::3], strict=True)]
         self.out = mlp.out
         device = mlp.out.weight.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mlp.out.weight.dtype
         # Every step depends on this node, so its backward pass runs after theirs.
-        self.anchor = _MLPGradient.apply(self, *(p for part in (*self.blocks, mlp.out) for p in part.parameters()))
+        parts = [part for block in self.blocks for part in block]
+        self.anchor = _MLPGradient.apply(self, *(p for part in (*parts, mlp.out) for p in part.parameters()))
 
     @staticmethod
     def serves(mlp: MLP) -> bool:
@@ -863,7 +865,8 @@ class SequenceMLP:
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, inputs), its gradient ignored -> (B, outputs)."""
         with torch.no_grad():
-            x, inputs, norms = x.detach(), [], []
+            inputs: list[Tensor] = []
+            norms: list[Tensor] = []
             for linear, norm in self.blocks:
                 inputs.append(x)
                 norms.append(product(x, linear.weight.t().to(self.dtype)))
@@ -1184,21 +1187,20 @@ class RSSM(nn.Module):
         return uniform, below_threshold(like.expand(size, *self.stoch_shape))
 
     def _prior_weights(self) -> StepWeights:
-        return self._step_weights(self.prior_hidden[0].weight, self.prior_hidden[1], self.prior_head)
+        return self._step_weights(next(self.prior_hidden.parameters()), self.prior_hidden[1], self.prior_head)
 
     def _post_weights(self) -> StepWeights:
         deter = split_linear(self.post_hidden, self.post_sizes)[0]
         return self._step_weights(deter, self.post_hidden[1], self.post_head)
 
-    def _step_weights(self, deter: Tensor, hidden_norm: nn.LayerNorm, head: nn.Linear) -> StepWeights:
-        stoch, input_norm = split_linear(self.input, self.input_sizes)[0], self.input[1]
-        gru, gru_norm = self.cell.linear.weight, self.cell.norm
-        return StepWeights(
-            *(stoch, input_norm.weight, input_norm.bias),
-            *(gru, gru_norm.weight, gru_norm.bias + self.cell.gate_bias),
-            *(deter, hidden_norm.weight, hidden_norm.bias),
-            *(head.weight, head.bias),
+    def _step_weights(self, deter: Tensor, norm: nn.Module, head: nn.Linear) -> StepWeights:
+        (input_scale, input_shift), (gru_scale, gru_shift), (scale, shift) = (
+            part.parameters() for part in (self.input[1], self.cell.norm, norm)
         )
+        stoch, gru = split_linear(self.input, self.input_sizes)[0], self.cell.linear.weight
+        gru_shift = gru_shift + self.cell.gate_bias
+        parts = stoch, input_scale, input_shift, gru, gru_scale, gru_shift, deter, scale, shift, head.weight, head.bias
+        return StepWeights(*parts)
 
     def _fast_steps(
         self,
@@ -1220,8 +1222,8 @@ class RSSM(nn.Module):
     def shift(self, state: State, is_first: Tensor) -> State:
         """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""
         initial = self.initial(is_first.shape[:1])
-        before = [torch.cat([i.unsqueeze(1), x[:, :-1]], 1) for i, x in zip(initial[:2], state[:2], strict=True)]
-        previous = State(*before, state.logit)
+        deter, stoch = (torch.cat([i.unsqueeze(1), x[:, :-1]], 1) for i, x in zip(initial[:2], state[:2], strict=True))
+        previous = State(deter, stoch, state.logit)
         return where_state(is_first, initial.map(lambda x: x.unsqueeze(1)), previous)
 
     def _latent(self, deter: Tensor, out: Tensor, sample: bool) -> State:

@@ -12,7 +12,9 @@ import networks
 from tests.helpers import make_agent, make_batch
 
 FREE = "detach|alias|empty|new_empty|empty_like|empty_strided|new_empty_strided|_unsafe_view|lift_fresh|set_|squeeze_|"
-FREE = set(f"{FREE}unsqueeze_|transpose_|_local_scalar_dense|_record_function_enter_new|_record_function_exit".split("|"))
+FREE = set(
+    f"{FREE}unsqueeze_|transpose_|_local_scalar_dense|_record_function_enter_new|_record_function_exit".split("|")
+)
 
 
 class Launches(TorchDispatchMode):
@@ -154,7 +156,10 @@ def test_sequence_mlp_is_an_mlp(layers, double):
     def run(make):
         call = make(mlp)
         loss = sum(call(part).sin().sum() * (k + 1) for k, part in enumerate(x))
-        return [loss, *(g for _ in range(2) for g in torch.autograd.grad(loss, list(mlp.parameters()), retain_graph=True))]
+        return [
+            loss,
+            *(g for _ in range(2) for g in torch.autograd.grad(loss, list(mlp.parameters()), retain_graph=True)),
+        ]
 
     assert networks.SequenceMLP.serves(mlp)
     assert not networks.SequenceMLP.serves(networks.MLP(5, 4, layers=1, units=6, act="ELU", norm="LayerNorm"))
@@ -176,6 +181,8 @@ def test_draws_prepared_in_advance():
         found = networks.draw_onehot(probs, uniform, below)
         index = (probs.cumsum(-1)[..., :-1] <= uniform).sum(-1)
         assert torch.equal(found, F.one_hot(index, 5).float())
-    assert torch.equal(networks.draw_onehot(probs, torch.zeros(4, 6, 1)).argmax(-1), torch.zeros(4, 6, dtype=torch.long))
+    assert torch.equal(
+        networks.draw_onehot(probs, torch.zeros(4, 6, 1)).argmax(-1), torch.zeros(4, 6, dtype=torch.long)
+    )
     # not a number picks the first class and nothing else
     assert networks.draw_onehot(probs * torch.nan).sum() == 24

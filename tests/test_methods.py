@@ -25,7 +25,9 @@ def make(method: str, *argv: str, **options) -> dreamer.Agent:
 
 @pytest.fixture
 def fixed_draws(monkeypatch):
-    monkeypatch.setattr(networks, "draw_onehot", lambda p, *_: torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p))
+    monkeypatch.setattr(
+        networks, "draw_onehot", lambda p, *_: torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p)
+    )
     monkeypatch.setattr(networks, "draw_normal", torch.zeros_like)
 
 

@@ -237,7 +237,9 @@ def test_return_norm():
 
 def test_actor_critic_gradients_stay_at_home(monkeypatch):
     """The actor learns from the actor loss alone, the critic from the value loss alone, and nothing else learns."""
-    monkeypatch.setattr(networks, "draw_onehot", lambda p, *_: torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p))
+    monkeypatch.setattr(
+        networks, "draw_onehot", lambda p, *_: torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p)
+    )
     monkeypatch.setattr(networks, "draw_normal", torch.zeros_like)
     agent, batch = make_agent(), make_batch()
     behavior, start = agent.actor_critic, agent.world_model.loss(batch)[1].start
