@@ -209,8 +209,9 @@ class TwoHot:
         # product: selecting the two buckets by index would be sorted on CUDA, to be deterministic.)
         first, last = -self.LIMIT, self.LIMIT
         gap = (last - first) / (len(self.buckets) - 1)
-        x = (symlog(x.detach()).clamp(first, last) / gap).unsqueeze(-1)
-        share = (1.0 - (x - self.buckets / gap).abs_()).clamp_(min=0.0)
+        x = symlog(x.detach()).clamp(first, last).unsqueeze(-1)
+        # max(0, 1 - |x - b| / gap)
+        share = torch.rsub((x - self.buckets).abs_(), 1.0, alpha=1.0 / gap).clamp_(min=0.0)
         return (share * self.log_probs).sum(-1)
 
 
