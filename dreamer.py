@@ -1178,7 +1178,7 @@ def measure_offline(agent: Agent, logged: exploration.Logged, state: str) -> tup
     world_model, (draw, target), frames = agent.world_model, agent.painter, None
     measure = functools.partial(models.measure_windows, world_model, state=state)
     target = target if target in logged.held_out[0] else "image"
-    found = measure(draw, logged.held_out, logged.mean_frame, target)
+    found = measure(draw, logged.held_out, logged.mean_frames.get(target), target)
     metrics, curves = models.summarise_windows(found)
     if draw:
         length = models.CONTEXT + models.HORIZON

@@ -219,7 +219,7 @@ class Logged(NamedTuple):
     replay: tools.Replay
     held_out: list[dict[str, np.ndarray]]
     files: list[list]
-    mean_frame: Tensor | None  # (H,W,C) in [0, 1], of the training episodes
+    mean_frames: dict[str, Tensor]  # (H,W,C) in [0, 1] of each picture, over the training episodes
     rewarded: bool
 
     @property
@@ -250,24 +250,25 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
         seed=config.seed,
         device=device,
     )
-    held_out, total, rewarded, found = [], 0.0, True, {}
+    held_out, totals, rewarded, found = [], {}, True, {}
 
-    def read(files: list[File]) -> Iterator[dict[str, np.ndarray]]:
+    def read(files: list[File], use: str) -> Iterator[dict[str, np.ndarray]]:
         nonlocal rewarded
         for path, rows in load_episodes(files, **options):
-            found[path] = found.get(path, 0) + len(rows["action"])
+            found[use, path] = found.get((use, path), 0) + len(rows["action"])
             rewarded = rewarded and "reward" in rows
             yield {"reward": np.zeros(len(rows["action"]), np.float32)} | rows
 
-    for number, rows in enumerate(read(files)):
+    for number, rows in enumerate(read(files, "training")):
         if number in drawn:
             held_out.append(rows)
             continue
         replay.extend(rows)
-        if "image" in rows:
-            total = total + rows["image"].sum(0, dtype=np.float64)
+        for key, values in rows.items():
+            if values.dtype == np.uint8:
+                totals[key] = totals.get(key, 0.0) + values.sum(0, dtype=np.float64)
     if config.offline_evaldir:
-        held_out = list(read(find_files(config.offline_evaldir)))
+        held_out = list(read(find_files(config.offline_evaldir), "held-out"))
     if not held_out or not len(replay):
         raise tools.UserError(
             f"{config.offline_traindir} holds {len(held_out) + replay.num_episodes} episodes: two are needed, one to "
@@ -281,9 +282,9 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
         f"{rows / seconds:,.0f} per second.",
         flush=True,
     )
-    listed = [[path.name, path.stat().st_size, rows] for path, rows in found.items()]
-    mean = torch.as_tensor(total / len(replay) / 255.0) if "image" in replay.storage else None
-    return Logged(replay, held_out, listed, mean, rewarded)
+    listed = [[f"{use} {path.name}", path.stat().st_size, rows] for (use, path), rows in found.items()]
+    means = {key: torch.as_tensor(total / len(replay) / 255.0) for key, total in totals.items()}
+    return Logged(replay, held_out, listed, means, rewarded)
 
 
 def check_unchanged(before: list[list], now: list[list]) -> None:
