@@ -1108,6 +1108,17 @@ class Replay:
             self.episodes[self.open[env]].append(slots[-1])
         self._store(slots, rows)
 
+    def extend(self, rows: dict[str, np.ndarray]) -> int:
+        """Add a finished episode (T, ...) and return its number. Evicts nothing while there are slots."""
+        slots = array("q", (self._take_slot() for _ in range(len(rows["is_first"]))))
+        self._store(slots, rows)
+        return self._new_episode(slots)
+
+    def rows(self, number: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+        """Rows (T, ...) of an episode."""
+        slots = torch.from_numpy(np.array(self.episodes[number][start:stop], np.int64))
+        return {key: values[slots.to(values.device)].cpu().numpy() for key, values in self.storage.items()}
+
     def end(self, env: int) -> None:
         """Mark the running episode of `env` as complete and evict old ones. Implied by the next `is_first`."""
         if (number := self.open.pop(env, None)) is not None:
@@ -1230,9 +1241,7 @@ class Replay:
                 files[file] = self._read(Path(folder) / file, needed[file], kinds)
                 kinds = kinds or {key: describe_rows(values) for key, values in files[file].items()}
             if rows := {key: values[start : start + length] for key, values in files[file].items()}:
-                slots = array("q", (self._take_slot() for _ in range(length)))
-                self._store(slots, rows)
-                number = self._new_episode(slots)
+                number = self.extend(rows)
                 if i in envs:
                     self.open[envs[i]] = number
                 else:
