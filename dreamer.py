@@ -16,6 +16,7 @@ from setup import console  # first: before what takes seconds to import
 import copy
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -41,6 +42,8 @@ import models
 import networks
 import tools
 from envs import paired
+from envs import record as recorder
+from envs.episodes import next_number, write_episode
 from exploration import Carry, Rollout
 from setup.tensor_names import current_names, upstream_names
 
@@ -566,15 +569,59 @@ class Player:
 def load(logdir: str | Path, device: str = "cpu", **options) -> Player:
     """The agent of a run, with its environment. `options` replace those of the run. Raises UserError."""
     config = tools.run_config(logdir)
-    vars(config).update(options)
-    checkpoint = tools.load_checkpoint(Path(logdir).expanduser() / "latest.pt", device)
-    if checkpoint is None:
-        raise tools.UserError(f"{logdir} holds no checkpoint")
+    vars(config).update(options | {"logdir": str(logdir), "init_from": None})
+    return make_player(config, device)
+
+
+def make_player(config, device: torch.device | str) -> Player:
+    """The weights of `--logdir` or `--init_from`, and an environment of `--task`. Raises UserError."""
+    path = Path(config.logdir or "").expanduser() / "latest.pt"
+    checkpoint = None if config.init_from else tools.load_checkpoint(path, device)
+    if checkpoint is None and not config.init_from:
+        raise tools.UserError(f"{config.logdir} holds no checkpoint")
     env = envs.make(config.task, **env_options(config), seed=config.seed)
     agent = make_agent(config, env.observation_space, env.action_space, device)  # type: ignore[arg-type]
-    with tools.reading(f"{logdir}/latest.pt does not fit these options", "leave them out"):
-        load_agent(agent, checkpoint["agent"])
+    if checkpoint:
+        with tools.reading(f"{path} does not fit these options", "leave them out"):
+            load_agent(agent, checkpoint["agent"])
+    else:
+        load_weights(agent, config.init_from)
     return Player(agent, env)
+
+
+def record(config, device: torch.device) -> int:
+    """`--record`: play episodes of `--task` and write them as the next ones of that folder. Returns the exit code.
+
+    The number of an episode decides its seed, so that it does not matter how many calls write them.
+    """
+    folder, name, heartbeat, returns = Path(config.record).expanduser(), config.record_policy, tools.Heartbeat(), []
+    player = make_player(config, device) if name == "agent" else None
+    env = player.env if player else envs.make(config.task, **env_options(config), seed=config.seed)
+    first = next_number(folder)
+    stream = (config.seed, envs.STREAMS.index("record"))
+    seeds = (int(np.random.SeedSequence((*stream, k)).generate_state(1)[0]) for k in itertools.count(first))
+
+    def agent(seed: int) -> recorder.Policy:
+        torch.manual_seed(seed)
+        player.reset()
+        return player.act
+
+    if name.startswith("minari:"):
+        played = recorder.from_minari(name.removeprefix("minari:"), env)
+    else:
+        begin = agent if player else recorder.make_policy(name, env, config.task)
+        played = (recorder.play(env, begin(seed), seed) for seed in seeds)
+    for rows in itertools.islice(played, config.record_episodes):
+        with tools.writing(folder):
+            write_episode(folder, rows)
+        returns.append(rows["reward"].sum())
+        if heartbeat.due():
+            print(f"{len(returns)} of {config.record_episodes} episodes, return {np.mean(returns):.1f}", flush=True)
+    env.close()
+    print(
+        f"{folder}: {len(returns)} episodes from number {first}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
+    )
+    return 0
 
 
 def final_evaluation(
@@ -1262,7 +1309,7 @@ def check_tasks(config) -> None:
 
 def prepare(config) -> torch.device:
     """Check what can be checked before workers start, and set up torch."""
-    if not config.logdir:
+    if not (config.logdir or (config.record and (config.init_from or config.record_policy != "agent"))):
         raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
     device = pick_device(config.device)
     if device.type == "cuda" and (config.device.startswith("cuda:") or "LOCAL_RANK" in os.environ):
@@ -1329,6 +1376,8 @@ def main(argv: list[str] | None = None) -> int:
             use_trained_task(config)
         warn_idle_options(config.method, argv)
         device = prepare(config)
+        if config.record:
+            return record(config, device)
         if config.eval_only:
             return evaluate_only(config, Path(config.logdir).expanduser(), device)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
