@@ -163,7 +163,7 @@ def test_states_of_a_dataset_are_shown():
     with pytest.warns(UserWarning, match="another version of the simulator"):
         rows = record._repeat(task, states + 1e-5 * rng.normal(size=states.shape), actions, 5)
     differences = np.abs(np.stack([row["image"] for row in rows]) - live)
-    assert differences.max() < 12 and differences.mean() < 0.05
+    assert differences.mean() < 0.1 * np.abs(np.diff(live, axis=0)).mean()  # of edges that fall into other pixels
     with pytest.raises(EnvError, match="lead elsewhere here"):
         record._repeat(task, states, actions[::-1], 5)
     with pytest.raises(EnvError, match="do not determine"):
