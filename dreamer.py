@@ -166,7 +166,7 @@ class Agent(nn.Module):
         `mask` (T,H,W) bool replaces HRSSM's random cube mask; without `behavior` the world model learns alone. Only
         tensors are read and written, always the same ones, so it can be recorded.
         """
-        filtered, metrics = self.world_model.update(batch, mask)
+        filtered, metrics = self.world_model.update(batch, self.draw_mask(batch) if mask is None else mask)
         if self.probe is not None:
             metrics |= self.probe.update(self.world_model, batch, filtered.start)
         if not behavior:
@@ -176,6 +176,24 @@ class Agent(nn.Module):
             exploring = self.explorer.update(self.world_model, filtered, batch["action"].to(filtered.embed))
             metrics |= {f"expl_{key}": value for key, value in exploring.items()}
         return metrics
+
+    def draw_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The cube mask (T,H,W) of a batch with `--mask_by` motion, reward or value; None: HRSSM draws its own."""
+        cubes = getattr(self.world_model.representation, "cube_mask", None)
+        if not isinstance(cubes, hrssm.GuidedMask):
+            return None
+        data, key = self.world_model.preprocess(batch), next(iter(self.world_model.representation.encoder.image_shapes))
+        if cubes.by == "motion":
+            return cubes.draw_by(hrssm.motion(data[key], data["is_first"]))
+        head = self.world_model.reward_head if cubes.by == "reward" else self.actor_critic.critic
+
+        def score(image: Tensor) -> Tensor:
+            with models.autocast(image, self.world_model.bf16):
+                embed = self.world_model.representation.encoder({**data, key: image})
+                post, _ = self.world_model.dynamics.observe(embed, data["action"], data["is_first"])
+                return head(post.feat).mode
+
+        return cubes.draw_by(hrssm.influence(data[key], score))
 
     @property
     def painter(self) -> tuple[Callable[[Tensor], Tensor] | None, str]:
@@ -824,6 +842,7 @@ class Run:
             seed=config.seed + rank,
             extra_rows=n * (config.time_limit // config.action_repeat + 1),
             device=device,
+            smoothing=config.reward_smoothing,
         )
         options = {key: value for key, value in tools.flatten(vars(config)).items() if key != "logdir"}
         self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps, options=options)
