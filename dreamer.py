@@ -117,6 +117,8 @@ class Agent(nn.Module):
     def optimizers(self) -> dict[str, tools.Optimizer]:
         optimizers = {"model": self.world_model.optimizer}
         optimizers |= {"actor": self.actor_critic.actor_optimizer, "value": self.actor_critic.value_optimizer}
+        if self.world_model.autoencoder is not None:
+            optimizers["ae"] = self.world_model.autoencoder.optimizer
         if isinstance(self.world_model.kl_term, models.KLConstraint):
             optimizers["beta"] = self.world_model.kl_term.optimizer
         if isinstance(self.explorer, exploration.Plan2Explore):
@@ -160,13 +162,18 @@ class Agent(nn.Module):
             return networks.draw_onehot(amount / self.actions + (1.0 - amount) * action)
         return (action + amount * networks.draw_normal(action)).clamp(-1.0, 1.0)
 
-    def update(self, batch: dict[str, Tensor], mask: Tensor | None = None, behavior: bool = True) -> dict[str, Tensor]:
+    def update(
+        self, batch: dict[str, Tensor], mask: Tensor | None = None, behavior: bool = True, codes: bool = True
+    ) -> dict[str, Tensor]:
         """One update of everything from a batch (B,T,*) of replay: world model, probe, actor, critic, exploration.
 
-        `mask` (T,H,W) bool replaces HRSSM's random cube mask; without `behavior` the world model learns alone. Only
-        tensors are read and written, always the same ones, so it can be recorded.
+        `mask` (T,H,W) bool replaces HRSSM's random cube mask; without `behavior` the world model learns alone, and
+        without `codes` the autoencoder rests. Only tensors are read and written, always the same ones, so it can be
+        recorded.
         """
+        first = self.update_autoencoder(batch) if codes else {}
         filtered, metrics = self.world_model.update(batch, self.draw_mask(batch) if mask is None else mask)
+        metrics |= first
         if self.probe is not None:
             metrics |= self.probe.update(self.world_model, batch, filtered.start)
         if not behavior:
@@ -176,6 +183,11 @@ class Agent(nn.Module):
             exploring = self.explorer.update(self.world_model, filtered, batch["action"].to(filtered.embed))
             metrics |= {f"expl_{key}": value for key, value in exploring.items()}
         return metrics
+
+    def update_autoencoder(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One step of the autoencoder, if there is one, on frames of a batch (B,T,*)."""
+        autoencoder = self.world_model.autoencoder
+        return {} if autoencoder is None else autoencoder.update(self.world_model.pixels(batch["image"]))
 
     def draw_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
         """The cube mask (T,H,W) of a batch with `--mask_by` motion, reward or value; None: HRSSM draws its own."""
@@ -260,7 +272,20 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
         return {"lr": lr, "eps": eps, "clip": clip, "weight_decay": config.weight_decay, "opt": config.opt}
 
     model_optimizer = optimizer(config.model_lr, config.opt_eps, config.grad_clip)
-    encoder = networks.Encoder(shapes, **config.encoder)
+    regime, autoencoder = getattr(config, "autoencoder", "none"), None
+    if regime != "none" and "image" not in shapes:
+        raise ValueError(f"--autoencoder {regime} needs pictures, there are: {', '.join(shapes)}")
+    observed = {}
+    if regime in ("external", "frozen"):
+        if make_representation is models.Reconstruction:
+            raise ValueError(f"--method dreamer decodes pictures itself: use --method rssm with --autoencoder {regime}")
+        ae_optimizer = model_optimizer | {"lr": config.ae_lr}
+        options = tools.options_of(models.Autoencoder, config)
+        autoencoder = models.Autoencoder(shapes["image"], bf16=bf16, optimizer=ae_optimizer, **options)
+        # Vectors that the user chose stay; of pictures there is the code alone.
+        shapes |= {"code": (config.ae_code,)}
+        observed = {"cnn_keys": "$^", "mlp_keys": f"code$|{config.encoder['mlp_keys']}"}
+    encoder = networks.Encoder(shapes, **config.encoder | observed)
     dynamics = networks.RSSM(actions=actions, embed=encoder.outdim, **tools.options_of(networks.RSSM, config, "dyn"))
     options = tools.options_of(make_representation, config)
     for ablation in ("nomlr", "nosimsr"):
@@ -284,6 +309,12 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
             **tools.options_of(models.ActorCritic, config),
         )
 
+    decoder = None
+    if regime != "none" and make_representation is not models.Reconstruction:
+        key = "image" if regime == "internal" else "code"
+        keys = {"cnn_keys": "image$", "mlp_keys": "code$"}
+        decoder = networks.Decoder(dynamics.feat_size, {key: shapes[key]}, **config.decoder | keys)
+    options = tools.options_of(models.WorldModel, config) | {"decoder": decoder, "autoencoder": autoencoder}
     world_model = models.WorldModel(
         representation,
         make_kl_term(**tools.options_of(make_kl_term, config)),
@@ -291,7 +322,8 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
         scalar_head("cont", "binary", 1.0),
         bf16=bf16,
         optimizer=model_optimizer,
-        **tools.options_of(models.WorldModel, config),
+        frozen=regime == "frozen",
+        **options,
     )
     task_behavior, explorer, probe = actor_critic(), None, None
     if config.expl_behavior == "random":
@@ -309,7 +341,8 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
     if config.video_pred_log:
         # Initialising the probe must not change the random draws of the run.
         with torch.random.fork_rng(devices=[]):
-            probe = models.Probe(networks.Decoder(dynamics.feat_size, shapes, **config.decoder), model_optimizer)
+            drawn = {key: shape for key, shape in shapes.items() if key != "code"}
+            probe = models.Probe(networks.Decoder(dynamics.feat_size, drawn, **config.decoder), model_optimizer)
     options = tools.options_of(Agent, config) | {"expl_until": config.expl_until // config.action_repeat}
     return Agent(world_model, task_behavior, explorer, probe, actions=actions, discrete=discrete, **options)
 
@@ -730,6 +763,8 @@ class Learner:
         self.logger = logger
         self.actor_start = config.actor_start
         self.pretrain = config.pretrain
+        self.ae_pretrain = config.ae_pretrain
+        self.ae_until = tools.Until(config.ae_until)
         self.undo = config.on_nan == "skip"
         self.should_train = tools.Every(config.batch_size * config.batch_length / config.train_ratio)
         self.should_pretrain = tools.Once()
@@ -748,9 +783,12 @@ class Learner:
 
         In `offline` training every update is a step.
         """
+        if self.agent.world_model.autoencoder is not None and not self.pretrain_autoencoder(stopped):
+            return False
         for batch in self.replay.batches(self.owed):
             before = copy.deepcopy(self.state_dict()) if self.undo else None
-            metrics = add_prefixes(self.agent.update(batch, behavior=self.updates >= self.actor_start))
+            which = {"behavior": self.updates >= self.actor_start, "codes": self.ae_until(self.updates)}
+            metrics = add_prefixes(self.agent.update(batch, **which))
             self.updates += 1
             self.owed -= 1
             step = self.updates if offline else step
@@ -771,6 +809,15 @@ class Learner:
             if stopped():
                 break
         return not self.owed
+
+    def pretrain_autoencoder(self, stopped: Callable[[], bool]) -> bool:
+        """Its first `ae_pretrain` updates; false if `stopped()` ended them early."""
+        done = int(self.agent.world_model.autoencoder.updates)
+        for batch in self.replay.batches(max(0, self.ae_pretrain - done)):
+            self.logger.scalars(add_prefixes(self.agent.update_autoencoder(batch)))
+            if stopped():
+                return False
+        return True
 
     def check(self) -> None:
         """Raise UserError for the first unchecked update that is not finite, and keep its batch in the run's folder."""
@@ -1297,12 +1344,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def warn_idle_options(method: str, argv: list[str]) -> None:
-    """Warn of flags that only other methods read."""
+def warn_idle_options(method: str, argv: list[str], decodes: bool = False) -> None:
+    """Warn of flags that only other methods read; with `decodes` there is a decoder beside the method."""
     read = {
         name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
     }
     idle = set().union(*read.values()) - read[method] - {"task", "decoder", "nomlr", "nosimsr"}
+    idle -= {"decoder_scale"} if decodes else set()
     for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
         if option in idle:
             tools.warn(f"--{option} has no effect with --method {method}")
@@ -1393,7 +1441,7 @@ def main(argv: list[str] | None = None) -> int:
         config = tools.load_config(argv)
         if config.eval_only:
             use_trained_task(config)
-        warn_idle_options(config.method, argv)
+        warn_idle_options(config.method, argv, config.autoencoder != "none")
         device = prepare(config)
         if config.record:
             return record(config, device)
