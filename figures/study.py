@@ -79,7 +79,7 @@ def collect(study: Path) -> tuple[list[list], list[list]]:
         if (logdir / "sweep.done").exists():
             saved = json.loads((logdir / "config.json").read_text())
             made = saved["runs"][-1]
-            hours = sum(max(0.0, b["time"] - a["time"]) for a, b in zip(rows, rows[1:], strict=False)) / 3600
+            hours = max(row.get("time", 0.0) for row in rows) / 3600
             # Folders of one machine mean nothing on another.
             command = " ".join(re.sub(r"(^|=)/.*/", r"\1", token) for token in made["command"])
             about = made["git"]["commit"], f"{made['device']}, torch {made['versions']['torch']}", command
