@@ -1160,9 +1160,7 @@ class OfflineRun:
         if self.new:
             tools.check_checkpoint_lost(logdir)
         self.logged = exploration.load_logged(config, device)
-        observed, actions = self.logged.spaces, self.logged.replay.storage["action"].shape[-1]
-        discrete = config.actor_dist == "onehot"
-        act_space = gymnasium.spaces.Discrete(actions) if discrete else gymnasium.spaces.Box(-1.0, 1.0, (actions,))
+        observed, act_space = self.logged.spaces, self.logged.act_space
         self.eval_envs = {}
         if acts(config) and config.eval_episode_num:
             self.eval_envs = {name: make_eval_envs(config, task) for name, task in evaluations(config).items()}
@@ -1284,6 +1282,12 @@ class OfflineRun:
             self.logger.close()
 
 
+def first_window(held_out: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Rows (1,T,...) of the first held-out episode that is long enough."""
+    rows = next(rows for rows in held_out if len(rows["action"]) > models.CONTEXT)
+    return {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
+
+
 def measure_offline(agent: Agent, logged: exploration.Logged, state: str) -> tuple[dict, dict, np.ndarray | None]:
     """Metrics on held-out episodes, error curves (horizons,), and the open-loop video (T,3H,W,C) of the first."""
     if state and state not in logged.held_out[0]:
@@ -1294,10 +1298,8 @@ def measure_offline(agent: Agent, logged: exploration.Logged, state: str) -> tup
     found = measure(draw, logged.held_out, logged.mean_frames.get(target), target)
     metrics, curves = models.summarise_windows(found)
     if draw:
-        length = models.CONTEXT + models.HORIZON
-        rows = next(rows for rows in logged.held_out if len(rows["action"]) > models.CONTEXT)
-        batch = {key: torch.as_tensor(values[None, :length]) for key, values in rows.items()}
-        frames = models.open_loop_video(world_model, draw, batch, target)[0].cpu().numpy()
+        rows = first_window(logged.held_out)
+        frames = models.open_loop_video(world_model, draw, rows, target)[0].cpu().numpy()
     if state:
         numbers = list(logged.replay.episodes)
         chosen = np.linspace(0, len(numbers) - 1, min(16, len(numbers))).astype(int)

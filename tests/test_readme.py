@@ -177,8 +177,9 @@ def test_options_presets_methods_and_tasks_exist():
 
 
 def first_column(header: str) -> list[str]:
-    """The code at the beginning of each row of the main README's table with this header."""
-    return re.findall(r"^\| `([^`]+)`", README.split(header)[1].split("\n\n")[0], re.MULTILINE)
+    """The code in the first cell of each row of the main README's table with this header."""
+    rows = re.findall(r"^\| (`.+?) \|", README.split(header)[1].split("\n\n")[0], re.MULTILINE)
+    return [code for cell in rows for code in re.findall(r"`([^`]+)`", cell)]
 
 
 def test_files_exist():
