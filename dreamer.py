@@ -229,7 +229,7 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
 
     model_optimizer = optimizer(config.model_lr, config.opt_eps, config.grad_clip)
     encoder = networks.Encoder(shapes, **config.encoder)
-    dynamics = networks.RSSM(actions=actions, embed=encoder.outdim, **tools.options_of(networks.RSSM, config, "dyn"))
+    dynamics = make_dynamics(config, actions, encoder.outdim)
     options = tools.options_of(make_representation, config)
     for ablation in ("nomlr", "nosimsr"):
         if ablation not in options and getattr(config, ablation, False):
@@ -280,6 +280,16 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
             probe = models.Probe(networks.Decoder(dynamics.feat_size, shapes, **config.decoder), model_optimizer)
     options = tools.options_of(Agent, config) | {"expl_until": config.expl_until // config.action_repeat}
     return Agent(world_model, task_behavior, explorer, probe, actions=actions, discrete=discrete, **options)
+
+
+def make_dynamics(config, actions: int, embed: int) -> networks.RSSM:
+    """`--dynamics`; options of the RSSM that no TSSM has are refused by it or have no effect on it."""
+    options = {"actions": actions, "embed": embed} | tools.options_of(networks.RSSM, config, "dyn")
+    if getattr(config, "dynamics", "rssm") == "rssm":  # absent from configurations older than the option
+        return networks.RSSM(**options)
+    options |= tools.options_of(networks.TSSM, config, "tssm")
+    # A batch has no longer distances, so their biases would never be trained.
+    return networks.TSSM(**options | {"window": min(config.tssm_window, config.batch_length)})
 
 
 def load_agent(agent: Agent, state: dict) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import envs
 import tools
 from models import ActorCritic, WorldModel, autocast, frozen
-from networks import MLP, Filtered, OneHot, State, bound_action
+from networks import MLP, Filtered, Memory, OneHot, State, bound_action
 
 
 class Uniform:
@@ -138,11 +138,12 @@ class Carry(NamedTuple):
     action: Tensor
 
     def tensors(self) -> list[Tensor]:
-        return [*self.state, self.action]
+        return [*self.state[:3], *(self.state.memory or ()), self.action]
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> "Carry":
-        return cls(State(*tensors[:-1]), tensors[-1])
+        deter, stoch, logit, *memory, action = tensors
+        return cls(State(deter, stoch, logit, Memory(*memory) if memory else None), action)
 
 
 class Episode(NamedTuple):
