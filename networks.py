@@ -999,17 +999,24 @@ class Attention(nn.Module):
         The tokens attend to each other, or each to `past` (B,P,2,heads,d), its `own` (B,Q,k,2,heads,d) and itself.
         `mask` is added to the scores, (B,heads,Q,Q) or (B,heads,Q,P+k+1).
         """
-        query, *token = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        token = torch.stack(token, 2)
-        key, value = (token if past is None else past).unbind(2)
-        scores = torch.einsum("bqhd,bphd->bhqp", query, key)
-        if own is not None:
-            own_key, own_value = torch.cat([own, token.unsqueeze(2)], 2).unbind(3)
-            scores = torch.cat([scores, torch.einsum("bqhd,bqkhd->bhqk", query, own_key)], -1)
-        weights = torch.softmax(full(scores) * self.scale + mask, -1)
-        y = torch.einsum("bhqp,bphd->bqhd", weights[..., : key.shape[1]], value)
-        if own is not None:
-            y = y + torch.einsum("bhqk,bqkhd->bqhd", weights[..., key.shape[1] :], own_value)
+        # (B, Q, heads, d)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        query, token = query * self.scale, torch.stack([key, value], 2)
+        if past is None or own is None:
+            scores = torch.einsum("bqhd,bphd->bhqp", query, key)
+            y = torch.einsum("bhqp,bphd->bqhd", torch.softmax(full(scores) + mask, -1), value)
+            return self.out(y.flatten(-2)), token
+        past_key, past_value = past.unbind(2)
+        own_key, own_value = own.unbind(3)
+        far = torch.einsum("bqhd,bphd->bhqp", query, past_key)
+        # (B, Q, k, heads), (B, Q, 1, heads)
+        near, same = (query.unsqueeze(2) * own_key).sum(-1), (query * key).sum(-1).unsqueeze(2)
+        scores = torch.cat([far, near.movedim(-1, 1), same.movedim(-1, 1)], -1)
+        weights = torch.softmax(full(scores) + mask, -1).to(value.dtype)
+        far, near, same = weights.split([past.shape[1], own.shape[2], 1], -1)
+        y = torch.einsum("bhqp,bphd->bqhd", far, past_value) + same.transpose(1, 2) * value
+        # (B, heads, Q, k) -> (B, Q, k, heads, 1)
+        y = y + (near.movedim(1, -1).unsqueeze(-1) * own_value).sum(2)
         return self.out(y.flatten(-2)), token
 
 
@@ -1172,8 +1179,8 @@ class TSSM(RSSM):
         own_mask = self._mask(distance, distance >= 0)
         mask = torch.cat([past_mask, own_mask.expand(*past_mask.shape[:-1], -1)], -1)
         tokens = []
-        for layer, block in enumerate(self.blocks):
-            x, token = block(x, mask, memory.past[:, :, layer], own[:, :, :, layer])
+        for block, *seen in zip(self.blocks, memory.past.unbind(2), own.unbind(3), strict=True):
+            x, token = block(x, mask, *seen)
             tokens.append(token)
         return full(self.norm(x)).reshape(*lead, -1), torch.stack(tokens, 2).reshape(*lead, *self.token_shape)
 
