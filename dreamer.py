@@ -1043,8 +1043,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def warn_idle_options(method: str, argv: list[str]) -> None:
-    """Warn of flags that only other methods read."""
+def warn_idle_options(method: str, argv: list[str], dynamics: str = "rssm") -> None:
+    """Warn of flags that only other methods or other dynamics read."""
     read = {
         name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
     }
@@ -1052,6 +1052,8 @@ def warn_idle_options(method: str, argv: list[str]) -> None:
     for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
         if option in idle:
             tools.warn(f"--{option} has no effect with --method {method}")
+        if option in ("dyn_cell", "dyn_temp_post") if dynamics == "tssm" else option.startswith("tssm_"):
+            tools.warn(f"--{option} has no effect with --dynamics {dynamics}")
 
 
 def prepare(config) -> torch.device:
@@ -1127,7 +1129,7 @@ def main(argv: list[str] | None = None) -> int:
         config = tools.load_config(argv)
         if config.eval_only:
             use_trained_task(config)
-        warn_idle_options(config.method, argv)
+        warn_idle_options(config.method, argv, config.dynamics)
         device = prepare(config)
         if config.eval_only:
             return evaluate_only(config, Path(config.logdir).expanduser(), device)

@@ -31,7 +31,10 @@ else:
 RECORDED = Path(__file__).resolve().with_name("recorded") / "transdreamer.npz"
 ROWS, STEPS, ACTIONS, EMBED = 2, 8, 3, 1536  # the last is the original's
 LAYERS, HEADS, HEAD_SIZE, WIDTH, FF, HIDDEN, GROUPS, CLASSES = 3, 3, 8, 20, 28, 16, 4, 5
-HORIZON, BALANCE = 15, 0.8  # its losses are sums over time divided by the horizon; share of the KL that trains the prior
+HORIZON, BALANCE = (
+    15,
+    0.8,
+)  # its losses are sums over time divided by the horizon; share of the KL that trains the prior
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
