@@ -1133,6 +1133,7 @@ class TSSM(RSSM):
         step = torch.arange(is_first.shape[1], device=is_first.device)
         # (B, T): where the episode of each step begins
         first = torch.where(is_first, step, 0).cummax(1).values
+        # h follows below.
         post = self.posterior(embed.new_empty(*is_first.shape, self.deter), embed, sample)
         action = torch.where(is_first.unsqueeze(-1), 0.0, action)
         x = self._input(super().shift(post, is_first).stoch, action)

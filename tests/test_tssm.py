@@ -2,15 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 import dreamer
+import models
 import networks
 import tools
 from exploration import Carry
+from figures import openloop
 from networks import TSSM, Block, Memory, State
 from tests.bench.soak import DOT
 from tests.helpers import make_agent, make_batch
@@ -120,6 +123,7 @@ def test_causality(step):
     expected = (episode == episode[:, step : step + 1]) & (torch.arange(T) >= step) & ~first[:, step : step + 1]
     for one, other in zip(before, after, strict=True):
         assert torch.equal((one.deter != other.deter).any(-1), expected)
+    assert after[0].deter.requires_grad and not after[0].memory.past.requires_grad
     (gradient,) = torch.autograd.grad(after[0].deter[:, step, 0].sum(), changed)
     seen = (episode == episode[:, step : step + 1]) & (torch.arange(T) <= step) & ~first
     assert torch.equal(gradient.any(-1), seen)
@@ -358,6 +362,17 @@ def test_probe_predicts_open_loop():
     assert agent.world_model.dynamics.window == 4
 
 
+def test_robustness_is_measured():
+    """Of draws that do not differ it is complete, of noise it is not."""
+    agent = make_agent(*ARGV)
+    batch = make_batch(rows=6, steps=5, resets=[])
+    obs = {key: batch[key].reshape(3, 2, 5, *batch[key].shape[2:]).numpy() for key in ("image", "is_terminal")}
+    noise = models.measure_robustness(agent.world_model, agent.actor_critic, obs, batch["action"][:2].numpy())
+    equal = {key: np.repeat(values[:1], 3, 0) for key, values in obs.items()}
+    same = models.measure_robustness(agent.world_model, agent.actor_critic, equal, batch["action"][:2].numpy())
+    assert same["denoising_factor"] == pytest.approx(1.0, abs=1e-6) and noise["denoising_factor"] < 0.9
+
+
 def test_actor_gradient_goes_through_tokens():
     """What an action does two steps later reaches it only through the keys and values of its token."""
     model, (embed, action, first) = make(layers=1), sequence()
@@ -387,6 +402,9 @@ def test_runs_resume_bit_for_bit(tmp_path):
             run.close()
         states.append(final_state(logdir))
     assert_same(*states)
+    picture = tmp_path / "openloop.png"
+    tools.save_config(run.config, logdir, [])
+    assert openloop.main([str(logdir), "--updates", "2", "--out", str(picture)]) == 0 and picture.exists()
     assert states[0]["live"][-1][3].shape[1:] == (8, 2, 2, 8, 3)
 
 
