@@ -264,6 +264,8 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
         if number in drawn:
             held_out.append(rows)
             continue
+        if config.reward_smoothing != "none":
+            rows["reward"] = tools.smooth_rewards(rows["reward"], config.reward_smoothing)
         replay.extend(rows)
         for key, values in rows.items():
             if values.dtype == np.uint8:

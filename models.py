@@ -211,6 +211,86 @@ class InfoNCE(EmbeddingPrediction):
         return {"infonce": infonce_loss(predicted["projected"].flatten(0, 1), filtered.embed.flatten(0, 1))}
 
 
+# --- autoencoder ----------------------------------------------------------------------------------------------------
+
+# --autoencoder: what the world model observes, what its decoder draws from a latent, and what that must match.
+#   internal   the picture    the picture o      o
+#   external   the code c     the code c'        c
+#   frozen     the code c     the code c'        o, by the autoencoder's decoder, whose weights are constants
+REGIMES = ("none", "internal", "external", "frozen")
+
+
+class Autoencoder(nn.Module):
+    """Picture <-> code (..., K) on single frames, with an optimiser of its own. The world model's losses never move it.
+
+    Outside, codes are standardised by a running mean and deviation, since their scale drifts while it learns.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        ae_code: int,
+        ae_batch: int,
+        encoder: dict,
+        decoder: dict,
+        bf16: bool,
+        optimizer: dict,
+    ):
+        super().__init__()
+        image = {"cnn_keys": "image$", "mlp_keys": "$^"}
+        self.encoder = Encoder({"image": shape}, **encoder | image)
+        self.bottleneck = nn.Linear(self.encoder.outdim, ae_code)
+        self.decoder = Decoder(ae_code, {"image": shape}, **decoder | image)
+        init_truncated(self.bottleneck)
+        self.batch, self.bf16 = ae_batch, bf16
+        self.register_buffer("mean", torch.zeros(ae_code))
+        self.register_buffer("variance", torch.ones(ae_code))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.optimizer = tools.Optimizer("ae", self.parameters(), **optimizer)
+
+    def raw_code(self, image: Tensor) -> Tensor:
+        """(..., H, W, C) in [-0.5, 0.5] -> (..., K)."""
+        with autocast(image, self.bf16):
+            return full(self.bottleneck(self.encoder({"image": image})))
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """(..., H, W, C) -> standardised code (..., K), a constant."""
+        return (self.raw_code(image) - self.mean) / self.deviation
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Standardised code (..., K) -> (..., H, W, C). Gradient reaches the code, never the decoder's weights."""
+        weights = {name: weight.detach() for name, weight in self.decoder.named_parameters()}
+        raw = code * self.deviation + self.mean
+        with autocast(code, self.bf16):
+            return torch.func.functional_call(self.decoder, weights, (raw,))["image"]
+
+    @property
+    def deviation(self) -> Tensor:
+        return self.variance.sqrt().clamp(min=1e-3)
+
+    def update(self, image: Tensor) -> dict[str, Tensor]:
+        """One step on `ae_batch` frames drawn at random from (..., H, W, C), or on all if there are not more."""
+        frames = image.flatten(0, -4)
+        if len(frames) > self.batch:
+            frames = frames[torch.rand(len(frames), device=frames.device).argsort()[: self.batch]]
+        code = self.raw_code(frames)
+        with autocast(code, self.bf16):
+            drawn = self.decoder(code)["image"]
+        metrics = self.optimizer.step((drawn - frames).square().sum((-3, -2, -1)).mean())
+        code = tools.gather_ranks(code.detach())
+        self.updates += 1
+        rate = (1.0 / self.updates).clamp(min=0.01)
+        self.mean.lerp_(code.mean(0), rate.to(code))
+        self.variance.lerp_((code - self.mean).square().mean(0), rate.to(code))
+        return metrics
+
+
 # --- world model ----------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +299,9 @@ class WorldModel(nn.Module):
 
     The loss is reward + continuation + KL + whatever the representation adds, each term times its weight. Heads outside
     `grad_heads` train on detached features.
+
+    With a `decoder` of features (see REGIMES) a reconstruction loss is added: of the picture, or with an `autoencoder`
+    of its code, which with `frozen` is compared by what it looks like. The representation then observes `code`.
     """
 
     def __init__(
@@ -233,6 +316,10 @@ class WorldModel(nn.Module):
         grad_heads: list[str],
         bf16: bool,
         optimizer: dict,
+        decoder: Decoder | None = None,
+        decoder_scale: float = 1.0,
+        autoencoder: Autoencoder | None = None,
+        frozen: bool = False,
     ):
         super().__init__()
         for name in grad_heads:
@@ -245,7 +332,11 @@ class WorldModel(nn.Module):
         self.scales = {"reward": reward_scale, "cont": cont_scale} | representation.scales
         self.grad_heads = grad_heads
         self.bf16 = bf16
-        trained = (*representation.parameters(), *reward_head.parameters(), *cont_head.parameters())
+        self.decoder, self.autoencoder, self.frozen = decoder, autoencoder, frozen
+        trained = [*representation.parameters(), *reward_head.parameters(), *cont_head.parameters()]
+        if decoder is not None:
+            self.scales["code" if autoencoder is not None and not frozen else "image"] = decoder_scale
+            trained += decoder.parameters()
         self.optimizer = tools.Optimizer("model", [p for p in trained if p.requires_grad], **optimizer)
 
     @property
@@ -264,10 +355,16 @@ class WorldModel(nn.Module):
             if key.startswith("is_"):
                 data[key] = value.bool()
             elif value.dtype == torch.uint8:
-                data[key] = value.to(dtype).div_(255.0).sub_(0.5)
+                data[key] = self.pixels(value)
             else:
                 data[key] = value.to(dtype)
+        if self.autoencoder is not None and "image" in data:
+            data["code"] = self.autoencoder.encode(data["image"])
         return data
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """uint8 to [-0.5, 0.5], on the model's device."""
+        return tools.to_device(image, self.device).to(torch.get_default_dtype()).div_(255.0).sub_(0.5)
 
     def loss(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Tensor, Filtered, dict[str, Tensor]]:
         """Total loss, the filtered batch and metrics.
@@ -283,6 +380,7 @@ class WorldModel(nn.Module):
             reward = self.reward_head(feat if "reward" in self.grad_heads else feat.detach())
             cont = self.cont_head(feat if "cont" in self.grad_heads else feat.detach())
             predicted = self.representation.predict(filtered)
+            decoded = None if self.decoder is None else self.decoder(feat)
 
         # (B, T)
         post, prior = dynamics.dist(filtered.post.logit), dynamics.dist(filtered.prior.logit)
@@ -294,6 +392,8 @@ class WorldModel(nn.Module):
             "cont": -cont.log_prob((~data["is_terminal"]).to(feat.dtype).unsqueeze(-1)).mean(),
         }
         losses |= self.representation.losses(data, filtered, predicted)
+        if decoded is not None:
+            losses |= self.reconstruction_loss(decoded, data)
         losses = {name: loss * self.scales[name] for name, loss in losses.items()}
         total = sum((*losses.values(), *kl_losses.values()))
 
@@ -304,15 +404,26 @@ class WorldModel(nn.Module):
         metrics["post_ent"] = dynamics.entropy(post.detach()).mean()
         return total, filtered, metrics
 
+    def reconstruction_loss(self, decoded: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Squared error of the picture or of the code, summed over its entries, mean over B and T."""
+        if "code" in decoded and not self.frozen:
+            return {"code": (decoded["code"] - data["code"]).square().sum(-1).mean()}
+        image = self.autoencoder.decode(decoded["code"]) if self.autoencoder is not None else decoded["image"]
+        return {"image": (image - data["image"]).square().sum((-3, -2, -1)).mean()}
+
     @property
     def draws(self) -> bool:
-        """Whether a decoder of its own can draw what a latent shows."""
-        return isinstance(self.representation, Reconstruction) and "image" in self.representation.decoder.keys
+        """Whether it can draw what a latent shows by a decoder of its own."""
+        own = isinstance(self.representation, Reconstruction) and "image" in self.representation.decoder.keys
+        return own or self.decoder is not None
 
     def draw(self, feat: Tensor) -> Tensor:
         """Pictures (...,H,W,C) in [-0.5, 0.5] of features (...,F)."""
-        assert isinstance(self.representation, Reconstruction)
-        return self.representation.decoder(feat)["image"]
+        if self.decoder is None:
+            assert isinstance(self.representation, Reconstruction)
+            return self.representation.decoder(feat)["image"]
+        decoded = self.decoder(feat)
+        return self.autoencoder.decode(decoded["code"]) if self.autoencoder is not None else decoded["image"]
 
     def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Filtered, dict[str, Tensor]]:
         """One optimiser step, then what follows it. Returns the batch as filtered before the step, detached."""

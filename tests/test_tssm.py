@@ -438,8 +438,8 @@ def test_what_cannot_work_is_one_line(argv, message):
 
 def test_flags_of_the_other_dynamics_are_named(capsys):
     flags = ["--tssm_layers", "3", "--dyn_cell=gru", "--dyn_temp_post", "False", "--dyn_deter", "8"]
-    dreamer.warn_idle_options("hrssm", flags, "tssm")
-    dreamer.warn_idle_options("hrssm", flags, "rssm")
+    dreamer.warn_idle_options("hrssm", flags, dynamics="tssm")
+    dreamer.warn_idle_options("hrssm", flags)
     assert capsys.readouterr().err.splitlines() == [
         "warning: --dyn_cell has no effect with --dynamics tssm",
         "warning: --dyn_temp_post has no effect with --dynamics tssm",
