@@ -618,10 +618,10 @@ class ActorCritic(nn.Module):
     ) -> dict[str, Tensor]:
         """One step for actor and critic from start states (B,T,*), or from `imag_starts` of them drawn at random."""
         self.update_slow_critic()
-        start = start.map(lambda x: x.detach().flatten(0, 1))
+        start = start.detach().flatten()
         if 0 < self.imag_starts < len(start.deter):
             chosen = torch.rand(len(start.deter), device=start.deter.device).argsort()[: self.imag_starts]
-            start = start.map(lambda x: x[chosen])
+            start = start.select(chosen)
         with frozen(world_model):
             actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
         metrics |= self.actor_optimizer.step(actor_loss, retain_graph=True)
