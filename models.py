@@ -920,7 +920,7 @@ NEGLIGIBLE = 1e-6  # a standard deviation or distance below this share of the si
 
 DIAGNOSTICS = {
     "denoising_factor": "1: the latent depends on the state alone; 0: a distraction moves it as much as another state",
-    "acpc": f"0: {ACPC_STEPS} steps imagined from clean and distracted histories agree; 1.41: as if unrelated",
+    "acpc": f"0: {ACPC_STEPS} steps imagined from clean and distracted histories agree; 1.41: as of unrelated states",
     "invariance_radius": "0: the same of 95% of them; 1: they reach as far as another state is",
     "probe_r2": "what a linear probe reads of the physical state: 1 all, 0 nothing",
     "reward_r2": "what the reward head explains of the rewards in new episodes: 1 all, 0 or less nothing",
