@@ -512,11 +512,17 @@ def distracted_tasks(config) -> dict[str, str]:
 
 
 def measure_robustness(agent: Agent, config) -> dict[str, float]:
-    """`robustness/<variant>/...` on each distracted task of the run. Takes no random numbers from the run."""
+    """`robustness/<variant>/...` on each distracted task of the run, and on its held-out clips apart.
+
+    The measures of figures/robustness.py, without intervals. Takes no random numbers from the run.
+    """
     metrics, options = {}, env_options(config) | {"clean_image": False}
     for variant, task in distracted_tasks(config).items():
-        values = models.measure_robustness(agent.world_model, agent.actor_critic, *paired.render(task, options))
-        metrics |= {f"robustness/{variant}/{name}": values[name] for name in models.ROBUSTNESS}
+        for clips in ("seen", "unseen") if envs.has_unseen(task, **options) else ("",):
+            episodes = paired.render(task, options | {"unseen": clips == "unseen"})
+            found = models.diagnose(agent.world_model, agent.actor_critic, *episodes)
+            prefix = "/".join(filter(None, ["robustness", variant, clips]))
+            metrics |= {f"{prefix}/{name}": estimate.value for name, estimate in found.items()}
     return metrics
 
 
