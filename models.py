@@ -941,7 +941,7 @@ def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray], penalt
 # States within an episode depend on each other, so intervals come from resampling episodes. Each measure takes weights
 # (R,E) of the episodes and returns one value (R,) for each row of weights.
 
-HORIZON = 8  # imagined steps of ACPC
+ACPC_STEPS = 8  # imagined steps of ACPC
 START_EVERY = 4  # states between the starts of these imaginations
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # of the ridge probe, beside features of unit variance
 FOLDS = 4
@@ -949,7 +949,7 @@ NEGLIGIBLE = 1e-6  # a standard deviation or distance below this share of the si
 
 DIAGNOSTICS = {
     "denoising_factor": "1: the latent depends on the state alone; 0: a distraction moves it as much as another state",
-    "acpc": f"0: {HORIZON} steps imagined from clean and distracted histories are alike; 1.41: as of unrelated states",
+    "acpc": f"0: {ACPC_STEPS} steps imagined from clean and distracted histories are alike; 1.41: as of unrelated states",
     "invariance_radius": "0: the same of 95% of them; 1: they reach as far as another state is",
     "probe_r2": "what a linear probe reads of the physical state: 1 all, 0 nothing",
     "reward_r2": "what the reward head explains of the rewards in new episodes: 1 all, 0 or less nothing",
@@ -1042,10 +1042,10 @@ def react(
     """Filter observations (E,T,...) as the policy does, with the mode of every latent, and imagine along `actions`.
 
     All differences between draws come from the picture. Imaginations begin at every `START_EVERY`-th state that is
-    followed by `HORIZON` others (by as many as there are, if episodes are shorter).
+    followed by `ACPC_STEPS` others (by as many as there are, if episodes are shorter).
     """
     episodes, steps = actions.shape[:2]
-    horizon, dynamics = min(HORIZON, steps - 1), world_model.dynamics
+    horizon, dynamics = min(ACPC_STEPS, steps - 1), world_model.dynamics
     is_first = (torch.arange(steps) == 0).repeat(episodes, 1)
     data = world_model.preprocess({**obs, "action": actions, "is_first": is_first})
     embed = world_model.representation.encoder(data)
