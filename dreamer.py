@@ -1238,7 +1238,7 @@ class OfflineRun:
         rng, played = tools.rng_state(), {}
         for name, vec in self.eval_envs.items():
             played[name], _ = evaluate(self.agent, vec, self.config.eval_episode_num, stopped)
-        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config.offline_state)
+        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config)
         if stopped():
             tools.set_rng_state(rng)
             return False
@@ -1304,24 +1304,40 @@ def first_window(held_out: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     return {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
 
 
-def measure_offline(agent: Agent, logged: exploration.Logged, state: str) -> tuple[dict, dict, np.ndarray | None]:
+def measure_held_out(
+    agent: Agent, logged: exploration.Logged, state: str = "", rule: str = ""
+) -> dict[str, np.ndarray]:
+    """`models.measure_windows` with what the agent draws with, on the pictures that this reproduces."""
+    draw, target = agent.painter
+    target = target if target in logged.held_out[0] else "image"
+    part, background = (models.colour_rule(rule), logged.background(target)) if rule else (None, None)
+    mean = logged.mean_frames.get(target)
+    return models.measure_windows(agent.world_model, draw, logged.held_out, mean, target, state, part, background)
+
+
+def open_loop_logged(agent: Agent, logged: exploration.Logged) -> np.ndarray:
+    """Open-loop video (T,3H,W,C) of the first window of the held-out episodes."""
+    draw, target = agent.painter
+    rows = next(rows for rows in logged.held_out if len(rows["action"]) > models.CONTEXT)
+    batch = {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
+    target = target if target in rows else "image"
+    return models.open_loop_video(agent.world_model, draw, batch, target)[0].cpu().numpy()
+
+
+def measure_offline(agent: Agent, logged: exploration.Logged, config) -> tuple[dict, dict, np.ndarray | None]:
     """Metrics on held-out episodes, error curves (horizons,), and the open-loop video (T,3H,W,C) of the first."""
+    state = config.offline_state
     if state and state not in logged.held_out[0]:
         raise tools.UserError(f"--offline_state {state}: the episodes hold {', '.join(logged.held_out[0])}")
-    world_model, (draw, target), frames = agent.world_model, agent.painter, None
-    measure = functools.partial(models.measure_windows, world_model, state=state)
-    target = target if target in logged.held_out[0] else "image"
-    found = measure(draw, logged.held_out, logged.mean_frames.get(target), target)
+    found = measure_held_out(agent, logged, state, config.offline_object)
     metrics, curves = models.summarise_windows(found)
-    if draw:
-        rows = first_window(logged.held_out)
-        frames = models.open_loop_video(world_model, draw, rows, target)[0].cpu().numpy()
     if state:
         numbers = list(logged.replay.episodes)
         chosen = np.linspace(0, len(numbers) - 1, min(16, len(numbers))).astype(int)
-        train = measure(None, [logged.replay.rows(numbers[i]) for i in chosen])
+        rows = [logged.replay.rows(numbers[i]) for i in chosen]
+        train = models.measure_windows(agent.world_model, None, rows, state=state)
         metrics |= {f"state_r2_{h}": value for h, value in models.readout_r2(train, found).items()}
-    return metrics, curves, frames
+    return metrics, curves, open_loop_logged(agent, logged) if agent.painter[0] else None
 
 
 def train_offline(run: OfflineRun, stopped: Callable[[], bool]) -> None:

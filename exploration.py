@@ -224,6 +224,11 @@ class Logged(NamedTuple):
     rewarded: bool
     discrete: bool
 
+    def background(self, key: str) -> Tensor:
+        """Median (H,W,C) in [0, 1] of about 200 frames of the training episodes."""
+        frames = self.replay.storage[key][: len(self.replay)]
+        return frames[:: max(1, len(frames) // 200)].cpu().double().median(0).values / 255.0
+
     @property
     def act_space(self) -> gymnasium.Space:
         actions = self.replay.storage["action"].shape[-1]
