@@ -286,7 +286,7 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
         shapes |= {"code": (config.ae_code,)}
         observed = {"cnn_keys": "$^", "mlp_keys": f"code$|{config.encoder['mlp_keys']}"}
     encoder = networks.Encoder(shapes, **config.encoder | observed)
-    dynamics = networks.RSSM(actions=actions, embed=encoder.outdim, **tools.options_of(networks.RSSM, config, "dyn"))
+    dynamics = make_dynamics(config, actions, encoder.outdim)
     options = tools.options_of(make_representation, config)
     for ablation in ("nomlr", "nosimsr"):
         if ablation not in options and getattr(config, ablation, False):
@@ -345,6 +345,16 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
             probe = models.Probe(networks.Decoder(dynamics.feat_size, drawn, **config.decoder), model_optimizer)
     options = tools.options_of(Agent, config) | {"expl_until": config.expl_until // config.action_repeat}
     return Agent(world_model, task_behavior, explorer, probe, actions=actions, discrete=discrete, **options)
+
+
+def make_dynamics(config, actions: int, embed: int) -> networks.RSSM:
+    """`--dynamics`; options of the RSSM that no TSSM has are refused by it or have no effect on it."""
+    options = {"actions": actions, "embed": embed} | tools.options_of(networks.RSSM, config, "dyn")
+    if getattr(config, "dynamics", "rssm") == "rssm":  # absent from configurations older than the option
+        return networks.RSSM(**options)
+    options |= tools.options_of(networks.TSSM, config, "tssm")
+    # A batch has no longer distances, so their biases would never be trained.
+    return networks.TSSM(**options | {"window": min(config.tssm_window, config.batch_length)})
 
 
 def load_agent(agent: Agent, state: dict) -> None:
@@ -1228,7 +1238,7 @@ class OfflineRun:
         rng, played = tools.rng_state(), {}
         for name, vec in self.eval_envs.items():
             played[name], _ = evaluate(self.agent, vec, self.config.eval_episode_num, stopped)
-        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config.offline_state)
+        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config)
         if stopped():
             tools.set_rng_state(rng)
             return False
@@ -1294,24 +1304,40 @@ def first_window(held_out: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     return {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
 
 
-def measure_offline(agent: Agent, logged: exploration.Logged, state: str) -> tuple[dict, dict, np.ndarray | None]:
+def measure_held_out(
+    agent: Agent, logged: exploration.Logged, state: str = "", rule: str = ""
+) -> dict[str, np.ndarray]:
+    """`models.measure_windows` with what the agent draws with, on the pictures that this reproduces."""
+    draw, target = agent.painter
+    target = target if target in logged.held_out[0] else "image"
+    part, background = (models.colour_rule(rule), logged.background(target)) if rule else (None, None)
+    mean = logged.mean_frames.get(target)
+    return models.measure_windows(agent.world_model, draw, logged.held_out, mean, target, state, part, background)
+
+
+def open_loop_logged(agent: Agent, logged: exploration.Logged) -> np.ndarray:
+    """Open-loop video (T,3H,W,C) of the first window of the held-out episodes."""
+    draw, target = agent.painter
+    rows = next(rows for rows in logged.held_out if len(rows["action"]) > models.CONTEXT)
+    batch = {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
+    target = target if target in rows else "image"
+    return models.open_loop_video(agent.world_model, draw, batch, target)[0].cpu().numpy()
+
+
+def measure_offline(agent: Agent, logged: exploration.Logged, config) -> tuple[dict, dict, np.ndarray | None]:
     """Metrics on held-out episodes, error curves (horizons,), and the open-loop video (T,3H,W,C) of the first."""
+    state = config.offline_state
     if state and state not in logged.held_out[0]:
         raise tools.UserError(f"--offline_state {state}: the episodes hold {', '.join(logged.held_out[0])}")
-    world_model, (draw, target), frames = agent.world_model, agent.painter, None
-    measure = functools.partial(models.measure_windows, world_model, state=state)
-    target = target if target in logged.held_out[0] else "image"
-    found = measure(draw, logged.held_out, logged.mean_frames.get(target), target)
+    found = measure_held_out(agent, logged, state, config.offline_object)
     metrics, curves = models.summarise_windows(found)
-    if draw:
-        rows = first_window(logged.held_out)
-        frames = models.open_loop_video(world_model, draw, rows, target)[0].cpu().numpy()
     if state:
         numbers = list(logged.replay.episodes)
         chosen = np.linspace(0, len(numbers) - 1, min(16, len(numbers))).astype(int)
-        train = measure(None, [logged.replay.rows(numbers[i]) for i in chosen])
+        rows = [logged.replay.rows(numbers[i]) for i in chosen]
+        train = models.measure_windows(agent.world_model, None, rows, state=state)
         metrics |= {f"state_r2_{h}": value for h, value in models.readout_r2(train, found).items()}
-    return metrics, curves, frames
+    return metrics, curves, open_loop_logged(agent, logged) if agent.painter[0] else None
 
 
 def train_offline(run: OfflineRun, stopped: Callable[[], bool]) -> None:
@@ -1352,8 +1378,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def warn_idle_options(method: str, argv: list[str], decodes: bool = False) -> None:
-    """Warn of flags that only other methods read; with `decodes` there is a decoder beside the method."""
+def warn_idle_options(method: str, argv: list[str], decodes: bool = False, dynamics: str = "rssm") -> None:
+    """Warn of flags that only other methods or dynamics read; with `decodes` there is a decoder beside the method."""
     read = {
         name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
     }
@@ -1362,6 +1388,8 @@ def warn_idle_options(method: str, argv: list[str], decodes: bool = False) -> No
     for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
         if option in idle:
             tools.warn(f"--{option} has no effect with --method {method}")
+        if option in ("dyn_cell", "dyn_temp_post") if dynamics == "tssm" else option.startswith("tssm_"):
+            tools.warn(f"--{option} has no effect with --dynamics {dynamics}")
 
 
 def acts(config) -> bool:
@@ -1449,7 +1477,7 @@ def main(argv: list[str] | None = None) -> int:
         config = tools.load_config(argv)
         if config.eval_only:
             use_trained_task(config)
-        warn_idle_options(config.method, argv, config.autoencoder != "none")
+        warn_idle_options(config.method, argv, config.autoencoder != "none", config.dynamics)
         device = prepare(config)
         if config.record:
             return record(config, device)

@@ -18,6 +18,7 @@ are 0-d tensors that stay on the device.
 import contextlib
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -618,10 +619,10 @@ class ActorCritic(nn.Module):
     ) -> dict[str, Tensor]:
         """One step for actor and critic from start states (B,T,*), or from `imag_starts` of them drawn at random."""
         self.update_slow_critic()
-        start = start.map(lambda x: x.detach().flatten(0, 1))
+        start = start.detach().flatten()
         if 0 < self.imag_starts < len(start.deter):
             chosen = torch.rand(len(start.deter), device=start.deter.device).argsort()[: self.imag_starts]
-            start = start.map(lambda x: x[chosen])
+            start = start.select(chosen)
         with frozen(world_model):
             actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
         metrics |= self.actor_optimizer.step(actor_loss, retain_graph=True)
@@ -758,6 +759,8 @@ def measure_windows(
     mean_frame: Tensor | None = None,
     target: str = "image",
     state: str = "",
+    part: Callable[[Tensor], Tensor] | None = None,
+    background: Tensor | None = None,
     chunk: int = 20,
 ) -> dict[str, np.ndarray]:
     """What the model makes of held-out `episodes` (T,...): arrays (N,HORIZON), NaN after the end of an episode.
@@ -768,6 +771,10 @@ def measure_windows(
     in imagination, `shuffled_mse` the same with the actions of another episode, `copy_mse` of the last picture seen,
     `mean_mse` of `mean_frame` (H,W,C), and the part of `open_mse` on pixels that have just changed by more than 0.1
     (`moving_mse`) and on the others (`still_mse`). Latents are modes: nothing is drawn at random.
+
+    `part` (see `colour_rule`) finds an object in the truth: `object_mse` is `open_mse` on its pixels, `rest_mse` on the
+    others, `copy_object_mse` and `mean_object_mse` are the baselines there, and `object_presence` says how much of its
+    difference from `background` (H,W,C) is drawn: 1 all, 0 nothing.
     """
     windows = choose_windows([len(episode["action"]) for episode in episodes])
     if not windows:
@@ -777,7 +784,8 @@ def measure_windows(
         cut = [cut_window(episodes, *window) for window in windows[i : i + chunk]]
         batch = {key: torch.from_numpy(np.stack([window[key] for window in cut])) for key in cut[0]}
         valid = batch.pop("valid")
-        values = _measure_batch(world_model, draw, world_model.preprocess(batch), mean_frame, target)
+        data = world_model.preprocess(batch)
+        values = _measure_batch(world_model, draw, data, mean_frame, target, part, background)
         if state:
             values["state"] = batch[state][:, CONTEXT:]
         # The axes of a vector come last.
@@ -793,6 +801,8 @@ def _measure_batch(
     data: dict[str, Tensor],
     mean_frame: Tensor | None,
     target: str,
+    part: Callable[[Tensor], Tensor] | None,
+    background: Tensor | None,
 ) -> dict[str, Tensor]:
     dynamics = world_model.dynamics
     other = data | {"action": data["other_action"]}
@@ -808,27 +818,44 @@ def _measure_batch(
     if draw is None:
         return values
 
-    def error(picture: Tensor) -> Tensor:
-        return (picture - truth).square().mean(-1)
+    def mean_over(values: Tensor, mask: Tensor) -> Tensor:
+        return (values * mask).sum((-2, -1)) / mask.sum((-2, -1))
 
     # (N, HORIZON, H, W, C)
     truth, before = data[target][:, CONTEXT:], data[target][:, CONTEXT - 1 : -1]
     moving = (truth - before).abs().amax(-1) > 0.1
+    shown = part(truth) if part else None
     pictures = {"open": draw(imagined), "closed": draw(closed), "copy": before[:, :1]}
     pictures["shuffled"] = draw(open_loop(world_model, other, CONTEXT).feat[:, CONTEXT:])
     if mean_frame is not None:
         pictures["mean"] = mean_frame.to(truth) - 0.5
     for name, picture in pictures.items():
         picture = picture.clamp(-0.5, 0.5)
-        squared = error(picture)
-        values[f"{name}_mse"] = squared.mean((-2, -1))
+        error = (picture - truth).square().mean(-1)
+        values[f"{name}_mse"] = error.mean((-2, -1))
+        if shown is not None and name in ("open", "copy", "mean"):
+            values["object_mse" if name == "open" else f"{name}_object_mse"] = mean_over(error, shown)
         if name in ("open", "closed"):
             values[f"{name}_psnr"] = -10.0 * values[f"{name}_mse"].clamp(min=1e-10).log10()
             values[f"{name}_ssim"] = ssim(picture, truth)
         if name == "open":
-            values["moving_mse"] = (squared * moving).sum((-2, -1)) / moving.sum((-2, -1))
-            values["still_mse"] = (squared * ~moving).sum((-2, -1)) / (~moving).sum((-2, -1))
+            values["moving_mse"], values["still_mse"] = mean_over(error, moving), mean_over(error, ~moving)
+        if name == "open" and shown is not None:
+            values["rest_mse"] = mean_over(error, ~shown)
+            if background is not None:
+                empty = background.to(truth) - 0.5
+                drawn, there = (((x - empty) * (truth - empty)).sum(-1) for x in (picture, truth))
+                values["object_presence"] = (drawn * shown).sum((-2, -1)) / (there * shown).sum((-2, -1))
     return values
+
+
+def colour_rule(text: str) -> Callable[[Tensor], Tensor]:
+    """`r-b>40`: where red is more than 40 of 255 above blue; pictures (...,H,W,3) in [-0.5, 0.5] -> (...,H,W) bool."""
+    found = re.fullmatch(r"([rgb])-([rgb])>(\d+)", text.replace(" ", ""))
+    if found is None:
+        raise tools.UserError(f"{text!r} is no rule for the colour of an object: write for example r-b>40")
+    more, less, least = "rgb".index(found[1]), "rgb".index(found[2]), int(found[3]) / 255.0
+    return lambda picture: picture[..., more] - picture[..., less] > least
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -873,7 +900,9 @@ def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], d
     if "open_mse" not in found:
         return metrics, curves
     metrics |= {f"recon_{name}": float(mean(found[f"closed_{name}"])) for name in ("mse", "psnr", "ssim")}
-    for key in ("open_mse", "copy_mse", "mean_mse", "shuffled_mse", "moving_mse", "still_mse"):
+    apart = ("moving_mse", "still_mse", "object_mse", "rest_mse", "object_presence")
+    apart += ("copy_object_mse", "mean_object_mse")
+    for key in ("open_mse", "copy_mse", "mean_mse", "shuffled_mse", *apart):
         if key in curves:
             metrics[key] = float(mean(curves[key]))
     for key in ("open_mse", "open_psnr", "open_ssim", "copy_mse", "mean_mse"):

@@ -87,7 +87,7 @@ class Compared(NamedTuple):
     frames: np.ndarray
 
 
-def compare(logdir: str, data: Path) -> Compared:
+def compare(logdir: str, data: Path, rule: str) -> Compared:
     """Load a run and measure it on the episodes of `data`. Raises UserError."""
     config, folder = tools.run_config(logdir), Path(logdir)
     checkpoint = tools.load_checkpoint(folder / "latest.pt")
@@ -100,14 +100,10 @@ def compare(logdir: str, data: Path) -> Compared:
     agent = dreamer.make_agent(config, logged.spaces, logged.act_space)
     with tools.reading(f"{folder}/latest.pt does not fit config.json", "restore them from a copy"):
         agent.load_state_dict(checkpoint["agent"])
-    draw, target = agent.painter
-    if draw is None:
+    if agent.painter[0] is None:
         raise tools.UserError(f"{logdir} draws no pictures: train it with --autoencoder or --video_pred_log")
-    target = target if target in logged.held_out[0] else "image"
-    found = models.measure_windows(agent.world_model, draw, logged.held_out, logged.mean_frames.get(target), target)
-    rows = dreamer.first_window(logged.held_out)
-    video = models.open_loop_video(agent.world_model, draw, rows, target)[0].numpy()
-    height = config.size[0]
+    found = dreamer.measure_held_out(agent, logged, rule=rule)
+    video, height = dreamer.open_loop_logged(agent, logged), config.size[0]
     parts = [np.repeat(video[:, i : i + height], 3 // video.shape[-1], -1) for i in range(0, video.shape[1], height)]
     return Compared(logdir, config, found, parts[-3], parts[-2])
 
@@ -186,16 +182,23 @@ def draw_comparison(runs: list[Compared], curves: dict[tuple[str, str], np.ndarr
 
 def run_comparison(args) -> None:
     out = Path(args.out)
-    runs = [compare(logdir, Path(args.data).expanduser()) for logdir in args.runs]
+    runs = [compare(logdir, Path(args.data).expanduser(), args.object) for logdir in args.runs]
     curves = {}
     for label, found in group(runs).items():
         for name in PANELS:
             curves[label, name] = curve(found, f"open_{name}")
         curves[label, "shuffled actions"] = curve(found, "shuffled_mse")
-        curves[label, "moving pixels"] = curve(found, "moving_mse")
+        parts = {
+            "moving pixels": "moving_mse",
+            "object": "object_mse",
+            "rest": "rest_mse",
+            "presence": "object_presence",
+        }
+        curves |= {(label, part): curve(found, key) for part, key in parts.items() if key in found[0].found}
     for key, label in BASELINES.items():
-        if f"{key}_mse" in runs[0].found:
-            curves[label, "mse"] = curve(runs, f"{key}_mse")
+        for metric, name in (("mse", f"{key}_mse"), ("object", f"{key}_object_mse")):
+            if name in runs[0].found:
+                curves[label, metric] = curve(runs, name)
     header = ["run", "metric", "horizon", "mean", "low", "high"]
     rows = [
         (*key, h + 1, *(f"{x:.6g}" for x in values[:, h]))
@@ -205,11 +208,12 @@ def run_comparison(args) -> None:
     plot.write_csv(out.with_suffix(".csv"), header, rows)
     shown = [h for h in models.HORIZONS if h <= min(values.shape[1] for values in curves.values())]
     width = max(len(label) for label, _ in curves)
-    print(f"{'error of pixels, steps imagined':{width}}", *(f"{h:>19}" for h in shown))
-    for (label, metric), values in curves.items():
-        if metric == "mse":
-            cells = ("{:.4f} ({:.4f}-{:.4f})".format(*values[:, h - 1]) for h in shown)
-            print(f"{label:{max(width, 31)}}", *(f"{cell:>19}" for cell in cells))
+    for metric in ("mse", "object"):
+        if any(metric == other for _, other in curves):
+            print(f"{metric + ', steps imagined':{max(width, 24)}}", *(f"{h:>22}" for h in shown))
+        for label in (label for label, other in curves if other == metric):
+            cells = ("{:.4f} ({:.4f}-{:.4f})".format(*curves[label, metric][:, h - 1]) for h in shown)
+            print(f"{label:{max(width, 24)}}", *(f"{cell:>22}" for cell in cells))
     figure = draw_comparison(runs, curves)
     for path in plot.check_out(out):
         figure.savefig(path, dpi=150)
@@ -222,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="folder of logged episodes to compare --runs on")
     parser.add_argument("--runs", nargs="+", help="folders of runs")
     parser.add_argument("--updates", type=int, default=2000, help="updates of the probe (2000)")
+    parser.add_argument("--object", default="", help="with --data: measure pixels of this colour apart, as r-b>40")
     parser.add_argument("--untrained", action="store_true", help="use initial weights instead of those of the run")
     parser.add_argument("--resource_files", help="background files, if not those of the run")
     parser.add_argument("--ds_resource_path", help="folder that holds DAVIS, if not that of the run")

@@ -317,6 +317,33 @@ def test_errors_of_a_window():
     assert np.array_equal(found["state"][0, :4], rows["state"][10:])
 
 
+def test_an_object_is_measured_apart():
+    """A red square on grey, drawn whole, half as red, or not at all."""
+    agent, length = make_agent(), 14
+    rows = make_rows(length, size=(64, 64)) | {"action": np.zeros((length, 3), np.float32)}
+    rows["image"] = np.full((length, 64, 64, 3), 100, np.uint8)
+    rows["image"][:, 10:20, 30:40] = (200, 100, 100)
+    empty = torch.full((64, 64, 3), 100 / 255)
+    for share in (1.0, 0.5, 0.0):
+        picture = torch.tensor(rows["image"][0]) / 255.0 * share + empty * (1 - share) - 0.5
+        picture[0, 0] += 0.2
+
+        def draw(feat, picture=picture):
+            return picture.expand(*feat.shape[:-1], 64, 64, 3)
+
+        part = models.colour_rule("r-b>40")
+        found = models.measure_windows(agent.world_model, draw, [rows], empty, part=part, background=empty)
+        metrics, _ = models.summarise_windows(found)
+        assert np.isclose(metrics["object_presence"], share, atol=1e-5)
+        assert np.isclose(metrics["object_mse"], ((1 - share) * 100 / 255) ** 2 / 3, atol=1e-6)
+        assert np.isclose(metrics["rest_mse"], 0.04 / (64 * 64 - 100), rtol=1e-3)
+        assert metrics["copy_object_mse"] == 0
+        assert np.isclose(metrics["mean_object_mse"], (100 / 255) ** 2 / 3, rtol=1e-5)
+    for text in ("red", "r-b", "r-b>x"):
+        with pytest.raises(tools.UserError, match="write for example r-b>40"):
+            models.colour_rule(text)
+
+
 def test_imagination_sees_the_context_alone_and_its_actions():
     agent = make_agent()
     rows = make_rows(20, size=(64, 64)) | {
