@@ -286,7 +286,7 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
         shapes |= {"code": (config.ae_code,)}
         observed = {"cnn_keys": "$^", "mlp_keys": f"code$|{config.encoder['mlp_keys']}"}
     encoder = networks.Encoder(shapes, **config.encoder | observed)
-    dynamics = networks.RSSM(actions=actions, embed=encoder.outdim, **tools.options_of(networks.RSSM, config, "dyn"))
+    dynamics = make_dynamics(config, actions, encoder.outdim)
     options = tools.options_of(make_representation, config)
     for ablation in ("nomlr", "nosimsr"):
         if ablation not in options and getattr(config, ablation, False):
@@ -345,6 +345,16 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
             probe = models.Probe(networks.Decoder(dynamics.feat_size, drawn, **config.decoder), model_optimizer)
     options = tools.options_of(Agent, config) | {"expl_until": config.expl_until // config.action_repeat}
     return Agent(world_model, task_behavior, explorer, probe, actions=actions, discrete=discrete, **options)
+
+
+def make_dynamics(config, actions: int, embed: int) -> networks.RSSM:
+    """`--dynamics`; options of the RSSM that no TSSM has are refused by it or have no effect on it."""
+    options = {"actions": actions, "embed": embed} | tools.options_of(networks.RSSM, config, "dyn")
+    if getattr(config, "dynamics", "rssm") == "rssm":  # absent from configurations older than the option
+        return networks.RSSM(**options)
+    options |= tools.options_of(networks.TSSM, config, "tssm")
+    # A batch has no longer distances, so their biases would never be trained.
+    return networks.TSSM(**options | {"window": min(config.tssm_window, config.batch_length)})
 
 
 def load_agent(agent: Agent, state: dict) -> None:
@@ -1368,8 +1378,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def warn_idle_options(method: str, argv: list[str], decodes: bool = False) -> None:
-    """Warn of flags that only other methods read; with `decodes` there is a decoder beside the method."""
+def warn_idle_options(method: str, argv: list[str], decodes: bool = False, dynamics: str = "rssm") -> None:
+    """Warn of flags that only other methods or dynamics read; with `decodes` there is a decoder beside the method."""
     read = {
         name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
     }
@@ -1378,6 +1388,8 @@ def warn_idle_options(method: str, argv: list[str], decodes: bool = False) -> No
     for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
         if option in idle:
             tools.warn(f"--{option} has no effect with --method {method}")
+        if option in ("dyn_cell", "dyn_temp_post") if dynamics == "tssm" else option.startswith("tssm_"):
+            tools.warn(f"--{option} has no effect with --dynamics {dynamics}")
 
 
 def acts(config) -> bool:
@@ -1465,7 +1477,7 @@ def main(argv: list[str] | None = None) -> int:
         config = tools.load_config(argv)
         if config.eval_only:
             use_trained_task(config)
-        warn_idle_options(config.method, argv, config.autoencoder != "none")
+        warn_idle_options(config.method, argv, config.autoencoder != "none", config.dynamics)
         device = prepare(config)
         if config.record:
             return record(config, device)

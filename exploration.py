@@ -19,7 +19,7 @@ import tools
 from envs.episodes import File, find_files, hold_out, load_episodes
 from envs.vector import FLAGS
 from models import ActorCritic, WorldModel, autocast, frozen
-from networks import MLP, Filtered, OneHot, State, bound_action
+from networks import MLP, Filtered, Memory, OneHot, State, bound_action
 
 
 class Uniform:
@@ -142,11 +142,12 @@ class Carry(NamedTuple):
     action: Tensor
 
     def tensors(self) -> list[Tensor]:
-        return [*self.state, self.action]
+        return [*self.state[:3], *(self.state.memory or ()), self.action]
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> "Carry":
-        return cls(State(*tensors[:-1]), tensors[-1])
+        deter, stoch, logit, *memory, action = tensors
+        return cls(State(deter, stoch, logit, Memory(*memory) if memory else None), action)
 
 
 class Episode(NamedTuple):

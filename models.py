@@ -619,10 +619,10 @@ class ActorCritic(nn.Module):
     ) -> dict[str, Tensor]:
         """One step for actor and critic from start states (B,T,*), or from `imag_starts` of them drawn at random."""
         self.update_slow_critic()
-        start = start.map(lambda x: x.detach().flatten(0, 1))
+        start = start.detach().flatten()
         if 0 < self.imag_starts < len(start.deter):
             chosen = torch.rand(len(start.deter), device=start.deter.device).argsort()[: self.imag_starts]
-            start = start.map(lambda x: x[chosen])
+            start = start.select(chosen)
         with frozen(world_model):
             actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
         metrics |= self.actor_optimizer.step(actor_loss, retain_graph=True)
@@ -949,7 +949,7 @@ NEGLIGIBLE = 1e-6  # a standard deviation or distance below this share of the si
 
 DIAGNOSTICS = {
     "denoising_factor": "1: the latent depends on the state alone; 0: a distraction moves it as much as another state",
-    "acpc": f"0: {ACPC_STEPS} steps imagined from clean and distracted histories are alike; 1.41: as of unrelated states",
+    "acpc": f"0: {ACPC_STEPS} steps imagined from clean and distracted histories agree; 1.41: as of unrelated states",
     "invariance_radius": "0: the same of 95% of them; 1: they reach as far as another state is",
     "probe_r2": "what a linear probe reads of the physical state: 1 all, 0 nothing",
     "reward_r2": "what the reward head explains of the rewards in new episodes: 1 all, 0 or less nothing",
