@@ -522,11 +522,17 @@ def distracted_tasks(config) -> dict[str, str]:
 
 
 def measure_robustness(agent: Agent, config) -> dict[str, float]:
-    """`robustness/<variant>/...` on each distracted task of the run. Takes no random numbers from the run."""
+    """`robustness/<variant>/...` on each distracted task of the run, and on its held-out clips apart.
+
+    The measures of figures/robustness.py, without intervals. Takes no random numbers from the run.
+    """
     metrics, options = {}, env_options(config) | {"clean_image": False}
     for variant, task in distracted_tasks(config).items():
-        values = models.measure_robustness(agent.world_model, agent.actor_critic, *paired.render(task, options))
-        metrics |= {f"robustness/{variant}/{name}": values[name] for name in models.ROBUSTNESS}
+        for clips in ("seen", "unseen") if envs.has_unseen(task, **options) else ("",):
+            episodes = paired.render(task, options | {"unseen": clips == "unseen"})
+            found = models.diagnose(agent.world_model, agent.actor_critic, *episodes)
+            prefix = "/".join(filter(None, ["robustness", variant, clips]))
+            metrics |= {f"{prefix}/{name}": estimate.value for name, estimate in found.items()}
     return metrics
 
 
@@ -1170,9 +1176,7 @@ class OfflineRun:
         if self.new:
             tools.check_checkpoint_lost(logdir)
         self.logged = exploration.load_logged(config, device)
-        observed, actions = self.logged.spaces, self.logged.replay.storage["action"].shape[-1]
-        discrete = config.actor_dist == "onehot"
-        act_space = gymnasium.spaces.Discrete(actions) if discrete else gymnasium.spaces.Box(-1.0, 1.0, (actions,))
+        observed, act_space = self.logged.spaces, self.logged.act_space
         self.eval_envs = {}
         if acts(config) and config.eval_episode_num:
             self.eval_envs = {name: make_eval_envs(config, task) for name, task in evaluations(config).items()}
@@ -1234,7 +1238,7 @@ class OfflineRun:
         rng, played = tools.rng_state(), {}
         for name, vec in self.eval_envs.items():
             played[name], _ = evaluate(self.agent, vec, self.config.eval_episode_num, stopped)
-        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config.offline_state)
+        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config)
         if stopped():
             tools.set_rng_state(rng)
             return False
@@ -1294,26 +1298,46 @@ class OfflineRun:
             self.logger.close()
 
 
-def measure_offline(agent: Agent, logged: exploration.Logged, state: str) -> tuple[dict, dict, np.ndarray | None]:
+def first_window(held_out: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Rows (1,T,...) of the first held-out episode that is long enough."""
+    rows = next(rows for rows in held_out if len(rows["action"]) > models.CONTEXT)
+    return {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
+
+
+def measure_held_out(
+    agent: Agent, logged: exploration.Logged, state: str = "", rule: str = ""
+) -> dict[str, np.ndarray]:
+    """`models.measure_windows` with what the agent draws with, on the pictures that this reproduces."""
+    draw, target = agent.painter
+    target = target if target in logged.held_out[0] else "image"
+    part, background = (models.colour_rule(rule), logged.background(target)) if rule else (None, None)
+    mean = logged.mean_frames.get(target)
+    return models.measure_windows(agent.world_model, draw, logged.held_out, mean, target, state, part, background)
+
+
+def open_loop_logged(agent: Agent, logged: exploration.Logged) -> np.ndarray:
+    """Open-loop video (T,3H,W,C) of the first window of the held-out episodes."""
+    draw, target = agent.painter
+    rows = next(rows for rows in logged.held_out if len(rows["action"]) > models.CONTEXT)
+    batch = {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
+    target = target if target in rows else "image"
+    return models.open_loop_video(agent.world_model, draw, batch, target)[0].cpu().numpy()
+
+
+def measure_offline(agent: Agent, logged: exploration.Logged, config) -> tuple[dict, dict, np.ndarray | None]:
     """Metrics on held-out episodes, error curves (horizons,), and the open-loop video (T,3H,W,C) of the first."""
+    state = config.offline_state
     if state and state not in logged.held_out[0]:
         raise tools.UserError(f"--offline_state {state}: the episodes hold {', '.join(logged.held_out[0])}")
-    world_model, (draw, target), frames = agent.world_model, agent.painter, None
-    measure = functools.partial(models.measure_windows, world_model, state=state)
-    target = target if target in logged.held_out[0] else "image"
-    found = measure(draw, logged.held_out, logged.mean_frames.get(target), target)
+    found = measure_held_out(agent, logged, state, config.offline_object)
     metrics, curves = models.summarise_windows(found)
-    if draw:
-        length = models.CONTEXT + models.HORIZON
-        rows = next(rows for rows in logged.held_out if len(rows["action"]) > models.CONTEXT)
-        batch = {key: torch.as_tensor(values[None, :length]) for key, values in rows.items()}
-        frames = models.open_loop_video(world_model, draw, batch, target)[0].cpu().numpy()
     if state:
         numbers = list(logged.replay.episodes)
         chosen = np.linspace(0, len(numbers) - 1, min(16, len(numbers))).astype(int)
-        train = measure(None, [logged.replay.rows(numbers[i]) for i in chosen])
+        rows = [logged.replay.rows(numbers[i]) for i in chosen]
+        train = models.measure_windows(agent.world_model, None, rows, state=state)
         metrics |= {f"state_r2_{h}": value for h, value in models.readout_r2(train, found).items()}
-    return metrics, curves, frames
+    return metrics, curves, open_loop_logged(agent, logged) if agent.painter[0] else None
 
 
 def train_offline(run: OfflineRun, stopped: Callable[[], bool]) -> None:

@@ -222,6 +222,17 @@ class Logged(NamedTuple):
     files: list[list]
     mean_frames: dict[str, Tensor]  # (H,W,C) in [0, 1] of each picture, over the training episodes
     rewarded: bool
+    discrete: bool
+
+    def background(self, key: str) -> Tensor:
+        """Median (H,W,C) in [0, 1] of about 200 frames of the training episodes."""
+        frames = self.replay.storage[key][: len(self.replay)]
+        return frames[:: max(1, len(frames) // 200)].cpu().double().median(0).values / 255.0
+
+    @property
+    def act_space(self) -> gymnasium.Space:
+        actions = self.replay.storage["action"].shape[-1]
+        return gymnasium.spaces.Discrete(actions) if self.discrete else gymnasium.spaces.Box(-1.0, 1.0, (actions,))
 
     @property
     def spaces(self) -> gymnasium.spaces.Dict:
@@ -239,7 +250,7 @@ class Logged(NamedTuple):
 def load_logged(config, device: torch.device | str = "cpu") -> Logged:
     """The episodes of `--offline_traindir` and `--offline_evaldir`, file by file into replay. Raises EnvError."""
     started, options = time.monotonic(), {"actions": config.offline_actions, "size": tuple(config.size)}
-    options["discrete"] = config.actor_dist == "onehot"
+    options["discrete"] = discrete = config.actor_dist == "onehot"
     files = find_files(config.offline_traindir, config.dataset_size)
     pieces = sum(len(file.pieces) for file in files)
     drawn = set() if config.offline_evaldir else hold_out(pieces, config.seed)
@@ -287,7 +298,7 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
     )
     listed = [[f"{use} {path.name}", path.stat().st_size, rows] for (use, path), rows in found.items()]
     means = {key: torch.as_tensor(total / len(replay) / 255.0) for key, total in totals.items()}
-    return Logged(replay, held_out, listed, means, rewarded)
+    return Logged(replay, held_out, listed, means, rewarded, discrete)
 
 
 def check_unchanged(before: list[list], now: list[list]) -> None:
