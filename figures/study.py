@@ -6,7 +6,7 @@ A run is STUDY/PART/TASK/METHOD/SEED. Three tables in --out keep what was ever m
 STUDY any more, so a study may be made in pieces and on several machines:
 
 - study_runs.csv: a row per finished run: length, hours, commit, device, command.
-- study_values.csv: a row per finished run, step and metric: evaluation returns, and what world models know of held-out episodes.
+- study_values.csv: a row per finished run, step and metric: evaluation returns, and reward R^2 of world models.
 - study_robustness.csv: a row per run, clips and measure, from STUDY/robustness_*.csv of figures/robustness.py.
 
 From these: study.md, a table per part and task of means over seeds with 95% intervals (bootstrap over seeds, 10,000
