@@ -623,7 +623,7 @@ def test_ctrl_c_in_every_other_program(tmp_path):
     names = ("report", "robustness", "openloop", "observations", "variants", "gate", "study")
     names = [f"figures/{name}.py" for name in names] + [f"setup/{name}.py" for name in ("doctor", "export", "expert")]
     started = [start_program(f"{name} --help", tmp_path) for name in names]
-    time.sleep(1.0)
+    time.sleep(4.0)  # past the interpreter's own start, where nothing can be done, on a busy machine too
     for process in started:
         process.send_signal(signal.SIGINT)
     for name, process in zip(names, started, strict=True):
