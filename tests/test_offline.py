@@ -117,6 +117,7 @@ def test_replay_of_a_run_is_read(tmp_path):
     """Several episodes per file, one of them running; older files of running episodes hold nothing new."""
     replay = tools.Replay(capacity=100, batch_size=1, batch_length=2, num_envs=2, seed=0)
     rows = [make_rows(6, seed=seed) for seed in range(3)]
+    rows[0]["action"][2] = 1.3  # a policy's samples may lie outside
 
     def play(episode: int, env: int, steps: range) -> None:
         for t in steps:
