@@ -64,8 +64,8 @@ Metrics = dict[str, Tensor | float]
 
 
 def tensor_stats(name: str, x: Tensor) -> dict[str, Tensor]:
-    x = x.detach()
-    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(), f"{name}_min": x.min(), f"{name}_max": x.max()}
+    (std, mean), (low, high) = torch.std_mean(x.detach()), torch.aminmax(x.detach())
+    return {f"{name}_mean": mean, f"{name}_std": std, f"{name}_min": low, f"{name}_max": high}
 
 
 # --- KL terms -------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ class WorldModel(nn.Module):
 
         metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}
         metrics |= {"kl": rep.detach().mean()}
-        metrics |= {"min_reward": data["reward"].min(), "max_reward": data["reward"].max()}
+        metrics["min_reward"], metrics["max_reward"] = torch.aminmax(data["reward"])
         metrics["prior_ent"] = dynamics.entropy(prior.detach()).mean()
         metrics["post_ent"] = dynamics.entropy(post.detach()).mean()
         return total, filtered, metrics
@@ -418,10 +418,10 @@ class ActorCritic(nn.Module):
         for k in range(self.imag_horizon):
             feats.append(states[k].feat)
             outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
-            actions.append(bound_action(self.actor.policy(outputs[k]).sample()))
+            actions.append(self.actor.policy(outputs[k]).sample())
             if k < self.imag_horizon - 1:
                 states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
-        return states, torch.stack(feats), torch.stack(actions), self.actor.policy(torch.stack(outputs))
+        return states, torch.stack(feats), bound_action(torch.stack(actions)), self.actor.policy(torch.stack(outputs))
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -455,8 +455,8 @@ class ActorCritic(nn.Module):
         advantage = returns - value[:-1]
         if self.return_norm is not None:
             offset, scale = self.return_norm(returns)
-            advantage = (returns - offset) / scale - (value[:-1] - offset) / scale
-            metrics |= tensor_stats("normed_target", (returns - offset) / scale)
+            advantage = advantage / scale  # the difference of both after normalisation
+            metrics |= tensor_stats("normed_target", (returns.detach() - offset) / scale)
             metrics["EMA_005"], metrics["EMA_095"] = self.return_norm.quantiles.clone().unbind()
         if self.imag_gradient == "dynamics":
             objective = advantage

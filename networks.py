@@ -27,9 +27,7 @@ TRUNCATED_STD = 0.87962566103423978
 
 def draw_onehot(probs: Tensor) -> Tensor:
     """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync."""
-    cumulative = probs.cumsum(-1)
-    threshold = torch.rand_like(probs[..., :1]) * cumulative[..., -1:]
-    index = (cumulative[..., :-1] <= threshold).sum(-1, keepdim=True)
+    index = (probs.cumsum(-1)[..., :-1] <= torch.rand_like(probs[..., :1])).sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
@@ -69,6 +67,18 @@ def softmax(logits: Tensor) -> Tensor:
 # --- distributions --------------------------------------------------------------------------------------------------
 
 
+class StraightThrough(torch.autograd.Function):
+    """`apply(value, surrogate)`: the value, with the gradient of the surrogate."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return None, gradient
+
+
 class OneHot:
     """Categorical over one-hot vectors, `logits` (..., K), mixed with a uniform distribution of weight `unimix`.
 
@@ -96,12 +106,12 @@ class OneHot:
         return other
 
     def sample(self) -> Tensor:
-        return draw_onehot(self.probs.detach()) + (self.probs - self.probs.detach())
+        return StraightThrough.apply(draw_onehot(self.probs.detach()), self.probs)
 
     @property
     def mode(self) -> Tensor:
-        log_probs = self.log_probs
-        return F.one_hot(log_probs.argmax(-1), log_probs.shape[-1]) + (log_probs - log_probs.detach())
+        onehot = torch.zeros_like(self.probs).scatter_(-1, self.log_probs.argmax(-1, keepdim=True), 1.0)
+        return StraightThrough.apply(onehot, self.log_probs)
 
     def log_prob(self, onehot: Tensor) -> Tensor:
         return self.log_probs.gather(-1, onehot.argmax(-1, keepdim=True)).squeeze(-1)
@@ -120,7 +130,7 @@ class Normal:
         self.mean, self.std = mean, std
 
     def sample(self) -> Tensor:
-        return self.mean + self.std * draw_normal(self.mean)
+        return torch.addcmul(self.mean, self.std, draw_normal(self.mean))
 
     @property
     def mode(self) -> Tensor:
@@ -155,6 +165,8 @@ class UnitNormal:
 class TwoHot:
     """Scalar regression by classification on 255 symlog-spaced buckets, `logits` (..., 255) (DreamerV3)."""
 
+    LIMIT = 20.0  # of the buckets, which are evenly spaced between -LIMIT and LIMIT
+
     def __init__(self, logits: Tensor, buckets: Tensor):
         self.logits, self.buckets, self._log_probs = logits, buckets, None
 
@@ -170,17 +182,12 @@ class TwoHot:
         return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Two-hot log-likelihood of scalars `x` (...), shape (...)."""
-        x = symlog(x)
-        last = len(self.buckets) - 1
-        above = torch.bucketize(x, self.buckets, right=True)
-        low, high = (above - 1).clamp(0, last), above.clamp(0, last)
-        gap_low, gap_high = (x - self.buckets[low]).abs(), (self.buckets[high] - x).abs()
-        # Out of range both indices are the last bucket, which then takes all the mass.
-        weight_low = torch.where(low == high, 1.0, gap_high / (gap_low + gap_high))
-        log_low = self.log_probs.gather(-1, low.unsqueeze(-1)).squeeze(-1)
-        log_high = self.log_probs.gather(-1, high.unsqueeze(-1)).squeeze(-1)
-        return weight_low * log_low + (1.0 - weight_low) * log_high
+        """Two-hot log-likelihood of scalars `x` (...) without gradient, shape (...)."""
+        x = symlog(x).clamp(-self.LIMIT, self.LIMIT).unsqueeze(-1)
+        # (..., 255): the mass of a bucket falls linearly to zero at its neighbours; out of range the last takes all.
+        width = 2.0 * self.LIMIT / (len(self.buckets) - 1)
+        mass = (1.0 - (x - self.buckets).abs() / width).clamp(min=0.0)
+        return (self.log_probs * mass).sum(-1)
 
 
 class Bernoulli:
@@ -199,7 +206,7 @@ class Bernoulli:
         return torch.round(mean).detach() + (mean - mean.detach())
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return -(1.0 - x) * F.softplus(self.logits) - x * F.softplus(-self.logits)
+        return x * self.logits - F.softplus(self.logits)
 
 
 # --- initialisation and dense blocks --------------------------------------------------------------------------------
@@ -534,7 +541,7 @@ class ScalarHead(MLP):
         outputs = self.BUCKETS if dist == "symlog_disc" else 1
         super().__init__(inputs, outputs, layers=layers, units=units, act=act, norm=norm, outscale=outscale)
         self.dist = dist
-        self.register_buffer("buckets", torch.linspace(-20.0, 20.0, self.BUCKETS), persistent=False)
+        self.register_buffer("buckets", torch.linspace(-TwoHot.LIMIT, TwoHot.LIMIT, self.BUCKETS), persistent=False)
 
     def forward(self, feat: Tensor) -> TwoHot | UnitNormal | Bernoulli:
         return self.distribution(self.outputs(feat))
@@ -854,13 +861,13 @@ class RSSM(nn.Module):
             posts.append(state)
         post = stack_states(posts, 1)
         if self.shared:
-            action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+            action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
         return post, self.prior(post.deter, sample)
 
     def _filter_inputs(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """Contributions (..., H) of action and embedding to their first layers; independent of the recurrence."""
-        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+        action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
         return self._action_part(action, embed), self._embed_part(embed)
 
     def _filter(
