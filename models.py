@@ -34,6 +34,7 @@ from networks import (
     OneHot,
     Representation,
     ScalarHead,
+    SequencePolicy,
     State,
     bound_action,
     full,
@@ -415,10 +416,14 @@ class ActorCritic(nn.Module):
     def imagine(self, dynamics: RSSM, start: State) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
         """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N)."""
         states, feats, actions, outputs = [start], [], [], []
+        # Tracing with `fullgraph` cannot follow the gradients that SequencePolicy collects.
+        at_once = self.behavior_stop_grad and not torch.compiler.is_compiling()
+        act = SequencePolicy(self.actor) if at_once else self.actor.act
         for k in range(self.imag_horizon):
             feats.append(states[k].feat)
-            outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
-            actions.append(self.actor.policy(outputs[k]).sample())
+            output, action = act(feats[k].detach() if self.behavior_stop_grad else feats[k])
+            outputs.append(output)
+            actions.append(action)
             if k < self.imag_horizon - 1:
                 states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
         return states, torch.stack(feats), bound_action(torch.stack(actions)), self.actor.policy(torch.stack(outputs))

@@ -64,6 +64,19 @@ def softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1).contiguous()
 
 
+def softmax_backward(gradient: Tensor, probs: Tensor) -> Tensor:
+    """Gradient of the logits from that of `softmax`, as fast."""
+    if probs.is_cuda or probs.shape[-1] >= 8:
+        return torch.ops.aten._softmax_backward_data.default(gradient, probs, -1, probs.dtype)
+    first = gradient.movedim(-1, 0), probs.movedim(-1, 0)
+    return torch.ops.aten._softmax_backward_data.default(*first, 0, probs.dtype).movedim(0, -1)
+
+
+def mix_uniform(probs: Tensor, share: float) -> Tensor:
+    """(1 - share) probs + share / K, in one operation."""
+    return torch.rsub(probs, share / probs.shape[-1], alpha=share - 1.0) if share else probs
+
+
 # --- distributions --------------------------------------------------------------------------------------------------
 
 
@@ -88,9 +101,7 @@ class OneHot:
 
     def __init__(self, logits: Tensor, unimix: float = 0.0):
         self.logits, self.unimix, self._log_probs = logits, unimix, None
-        self.probs = softmax(logits)
-        if unimix:
-            self.probs = self.probs * (1.0 - unimix) + unimix / logits.shape[-1]
+        self.probs = mix_uniform(softmax(logits), unimix)
 
     @property
     def log_probs(self) -> Tensor:
@@ -105,8 +116,12 @@ class OneHot:
         other.probs, other._log_probs = self.probs.detach(), self.log_probs.detach()
         return other
 
-    def sample(self) -> Tensor:
-        return StraightThrough.apply(draw_onehot(self.probs.detach()), self.probs)
+    def draw(self) -> Tensor:
+        return draw_onehot(self.probs.detach())
+
+    def sample(self, draw: Tensor | None = None) -> Tensor:
+        """A sample, for many of one `draw` at a time."""
+        return StraightThrough.apply(self.draw() if draw is None else draw, self.probs)
 
     @property
     def mode(self) -> Tensor:
@@ -129,8 +144,11 @@ class Normal:
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean, self.std = mean, std
 
-    def sample(self) -> Tensor:
-        return torch.addcmul(self.mean, self.std, draw_normal(self.mean))
+    def draw(self) -> Tensor:
+        return draw_normal(self.mean)
+
+    def sample(self, draw: Tensor | None = None) -> Tensor:
+        return torch.addcmul(self.mean, self.std, self.draw() if draw is None else draw)
 
     @property
     def mode(self) -> Tensor:
@@ -594,6 +612,11 @@ class ActorHead(MLP):
         """The network's outputs, parameters of the distribution."""
         return super().forward(feat)
 
+    def act(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's outputs and an action drawn from their distribution."""
+        out = self.outputs(feat)
+        return out, self.policy(out).sample()
+
     def policy(self, out: Tensor) -> Normal | OneHot:
         """Distribution from the network's outputs."""
         if self.dist == "onehot":
@@ -666,6 +689,74 @@ class _SequenceStep(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.layer.steps.append((x.detach(), gradient))
         return gradient @ ctx.layer.weight, None, None
+
+
+class SequencePolicy:
+    """A policy applied at each step of a rollout, whose parameters get their gradient from all steps at once.
+
+    It gives the outputs (N,outputs) and an action (N,A) for features (N,F), whose gradient it ignores. Step by step,
+    the backward pass would take as many products, reductions and additions of the weights' size as there are steps.
+    """
+
+    def __init__(self, actor: ActorHead):
+        self.actor, self.steps = actor, []
+        device = actor.out.weight.device.type
+        self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # Every step depends on this node, so its backward pass runs after theirs.
+        self.anchor = _PolicyGradient.apply(self, *actor.parameters())
+
+    def __call__(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        # Of each linear layer its input and its output.
+        layers: list[tuple[Tensor, Tensor]] = []
+        linear = [module for module in self.actor.modules() if isinstance(module, nn.Linear)]
+        hooks = [layer.register_forward_hook(lambda _, x, y: layers.append((x[0], y))) for layer in linear]
+        with torch.no_grad():
+            out = self.actor.outputs(feat)
+            policy = self.actor.policy(out)
+            draw = policy.draw()
+            action = policy.sample(draw)
+        for hook in hooks:
+            hook.remove()
+        return _PolicyStep.apply(self.anchor, out, action, self, (draw, *zip(*layers, strict=True)))
+
+
+class _PolicyStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor: Tensor, out: Tensor, action: Tensor, policy: SequencePolicy, kept: tuple):
+        ctx.policy, ctx.kept = policy, kept
+        return out.view_as(out), action.view_as(action)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        ctx.policy.steps.append((*gradients, *ctx.kept))
+        return None, None, None, None, None
+
+
+class _PolicyGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, policy: SequencePolicy, *parameters: Tensor) -> Tensor:
+        ctx.policy = policy
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        actor, steps = ctx.policy.actor, ctx.policy.steps
+        out, action, draw = (torch.cat(parts) for parts in list(zip(*steps, strict=True))[:3])
+        # Layer by layer, from the last: (linear layer, what follows it), with the linear layer's inputs and outputs.
+        blocks = [(actor.layers[k], actor.layers[k + 1 : k + 3]) for k in range(0, len(actor.layers), 3)]
+        gradients, found = [out, action], []
+        for k, (linear, rest) in reversed(list(enumerate([*blocks, (actor.out, None)]))):
+            x, y = (torch.cat([step[part][k] for step in steps]) for part in (3, 4))
+            with torch.enable_grad(), torch.autocast(*ctx.policy.autocast):
+                y.requires_grad_()
+                results = [rest(y)] if rest else [full(y), actor.policy(full(y)).sample(draw)]
+                own = list(rest.parameters()) if rest else []
+                gradient, *others = torch.autograd.grad(results, [y, *own], gradients)
+            with torch.autocast(*ctx.policy.autocast):
+                found = [gradient.t() @ x, *([gradient.sum(0)] if linear.bias is not None else []), *others, *found]
+                gradients = [gradient @ linear.weight] if k else []
+        steps.clear()
+        return None, *found
 
 
 # --- latent dynamics ------------------------------------------------------------------------------------------------
@@ -804,6 +895,12 @@ class RSSM(nn.Module):
         init_truncated(self.post_head)
         self.initial_deter = nn.Parameter(torch.zeros(1, deter)) if initial == "learned" else None
 
+        # Whether `FilterSequence`, which is written for it, can filter.
+        one_layer = input_layers == output_layers == rec_depth == 1 and (act, norm) == ("SiLU", "LayerNorm")
+        self.default_structure = bool(
+            one_layer and discrete and temp_post and not shared and isinstance(self.cell.norm, nn.LayerNorm)
+        )
+
     def dist(self, logit: Tensor) -> OneHot | Normal:
         """Distribution of the stochastic part: per latent group if categorical, joint if Gaussian."""
         if self.classes:
@@ -850,16 +947,21 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, sample: bool = True) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
-        # Tracing with `fullgraph` cannot follow the gradients that SequenceLinear collects.
-        layers = self._step_layers(linear_layer if torch.compiler.is_compiling() else SequenceLinear)
         initial = self.initial(is_first.shape[:1])
         # What does not depend on the recurrence is computed for all steps at once.
-        steps = zip(*(x.unbind(1) for x in (*self._filter_inputs(embed, action, is_first), is_first)), strict=True)
-        state, posts = initial, []
-        for action_part, embed_part, first in steps:
-            state = self._filter(state, action_part, embed_part, first, initial, layers, sample)
-            posts.append(state)
-        post = stack_states(posts, 1)
+        inputs = self._filter_inputs(embed, action, is_first)
+        # Tracing with `fullgraph` cannot follow functions with gradients of their own.
+        tracing = torch.compiler.is_compiling()
+        if self.default_structure and sample and not tracing:
+            start = initial.stoch, initial.deter
+            post = State(*FilterSequence.apply(self.unimix, is_first, *inputs, *start, *self._filter_weights()))
+        else:
+            layers = self._step_layers(linear_layer if tracing else SequenceLinear)
+            state, posts = initial, []
+            for action_part, embed_part, first in zip(*(x.unbind(1) for x in (*inputs, is_first)), strict=True):
+                state = self._filter(state, action_part, embed_part, first, initial, layers, sample)
+                posts.append(state)
+            post = stack_states(posts, 1)
         if self.shared:
             action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
@@ -883,6 +985,23 @@ class RSSM(nn.Module):
         """The posterior of one step from prepared inputs (see `_filter_inputs`)."""
         deter = self._recur(where_state(is_first, initial, state), action_part, layers)
         return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, layers, sample)
+
+    def _filter_weights(self) -> list[Tensor]:
+        """Parameters in the order of `FilterSequence`."""
+        stoch, deter = (
+            split_linear(*x)[0] for x in ((self.input, self.input_sizes), (self.post_hidden, self.post_sizes))
+        )
+        reset_candidate, update = self.cell.norm.bias.split([2 * self.deter, self.deter])
+        gru_shift = torch.cat([reset_candidate, update - 1.0])
+        gru = self.cell.linear.weight, self.cell.norm.weight, gru_shift
+        return [
+            stoch,
+            *self.input[1].parameters(),
+            *gru,
+            deter,
+            *self.post_hidden[1].parameters(),
+            *self.post_head.parameters(),
+        ]
 
     def _step_layers(self, linear: Callable[..., Layer] = linear_layer) -> StepLayers:
         """The layers of one step, each made by `linear(weight, bias)`."""
@@ -942,6 +1061,146 @@ class RSSM(nn.Module):
             logit = torch.stack([mean, std + self.min_std], -2)
         dist = self.dist(logit)
         return State(deter, dist.sample() if sample else dist.mode, logit)
+
+
+# --- the filter as one function -------------------------------------------------------------------------------------
+
+
+def product(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+    """x @ weight + plus, computed in the precision of `weight` and returned in that of `x`."""
+    if x.dtype == weight.dtype:
+        return x @ weight if plus is None else torch.addmm(plus, x, weight)
+    y = (x.to(weight.dtype) @ weight).to(x.dtype)
+    return y if plus is None else y + plus
+
+
+class Norm(NamedTuple):
+    """A LayerNorm of x (N,D), with what its backward pass needs."""
+
+    x: Tensor
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, scale: Tensor, shift: Tensor) -> "Norm":
+        return cls(x, *torch.native_layer_norm(x, scale.shape, scale, shift, NORM_EPS))
+
+    def backward(self, gradient: Tensor, scale: Tensor, shift: Tensor, parameters: bool = False) -> list[Tensor]:
+        """Gradients of x and, with `parameters`, of scale and shift."""
+        args = gradient, self.x, scale.shape, self.mean, self.rstd, scale, shift, [True, parameters, parameters]
+        return torch.ops.aten.native_layer_norm_backward.default(*args)
+
+
+class FilterStep(NamedTuple):
+    """What the backward pass of one step of `FilterSequence` needs; `norms` are of the layers of z, GRU and h."""
+
+    stoch: Tensor
+    gru_input: Tensor
+    gates: Tensor
+    candidate: Tensor
+    deter: Tensor
+    output: Tensor
+    probs: Tensor
+    norms: list[Norm]
+
+
+class FilterSequence(torch.autograd.Function):
+    """`RSSM.obs_step` for T steps at the default structure, in about half as many operations as autograd takes.
+
+    `weights` are (weight, scale, shift) of the layers of z, GRU and h, and weight and bias of the output. Backward
+    goes step by step only through what a step passes on; the rest, all parameters' gradients included, takes all steps
+    at once. Matrix products may be in lower precision (autocast), nothing else.
+    """
+
+    @staticmethod
+    def forward(ctx, unimix, is_first, action_part, embed_part, stoch, deter, *weights):
+        """is_first (B,T), parts of action and embedding (B,T,H), initial stoch (B,S,K) and deter (B,D) -> `State`."""
+        ctx.save_for_backward(is_first, *weights)
+        ctx.unimix, ctx.dtype, device = unimix, deter.dtype, deter.device.type
+        if torch.is_autocast_enabled(device):
+            ctx.dtype = torch.get_autocast_dtype(device)
+        in_norm, gru_norm, out_norm = weights[1:3], weights[4:6], weights[7:9]
+        # Transposed once, because thin products read them faster that way.
+        stoch_t, gru_t, deter_t, out_t = (w.t().to(ctx.dtype).contiguous() for w in weights[::3])
+        initial, shape, fresh = (stoch.flatten(1), deter), stoch.shape, is_first.unsqueeze(-1).unbind(1)
+        z, h, steps, draws, logits = *initial, [], [], []
+        for t, first in enumerate(fresh):
+            if t:
+                z, h = torch.where(first, initial[0], z), torch.where(first, initial[1], h)
+            norms = [Norm.of(product(z, stoch_t, action_part[:, t]), *in_norm)]
+            gru_input = torch.cat([F.silu(norms[0].y), h], -1)
+            norms.append(Norm.of(product(gru_input, gru_t), *gru_norm))
+            # (B, 3, D): reset, candidate, update
+            pre = norms[1].y.unflatten(-1, (3, -1))
+            gates = torch.sigmoid(pre[:, ::2])
+            candidate = torch.tanh(gates[:, 0] * pre[:, 1])
+            h = torch.lerp(h, candidate, gates[:, 1])
+            norms.append(Norm.of(product(h, deter_t, embed_part[:, t]), *out_norm))
+            output = F.silu(norms[2].y)
+            logits.append(product(output, out_t, weights[10]).view(shape))
+            probs = softmax(logits[-1])
+            draws.append(draw_onehot(mix_uniform(probs, unimix)))
+            steps.append(FilterStep(z, gru_input, gates, candidate, h, output, probs, norms))
+            z = draws[-1].flatten(1)
+        ctx.steps = steps
+        return torch.stack([step.deter for step in steps], 1), torch.stack(draws, 1), torch.stack(logits, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, deter_grad, stoch_grad, logit_grad):
+        steps, (is_first, *weights) = ctx.steps, ctx.saved_tensors
+        in_norm, gru_norm, out_norm = weights[1:3], weights[4:6], weights[7:9]
+        stoch_w, gru_w, deter_w, out_w = (w.to(ctx.dtype) for w in weights[::3])
+        batch, hidden = len(is_first), len(stoch_w)
+        # (T, B, 1): steps that go on from the one before, and those that begin at the initial state
+        begins = is_first.t().unsqueeze(-1).to(deter_grad.dtype)
+        begins[0] = 1.0
+        goes_on = 1.0 - begins
+
+        # Slopes of h' by the three pre-activations of the GRU and by h, of all steps: (T*B, 3, D), (T*B, D)
+        gates, candidate, gru_input, y = (
+            torch.cat(x) for x in zip(*((s.gates, s.candidate, s.gru_input, s.norms[1].y) for s in steps), strict=True)
+        )
+        reset, update = gates.unbind(1)
+        by_product = torch.ops.aten.tanh_backward.default(update, candidate)
+        by_gates = torch.stack([by_product * y.unflatten(-1, (3, -1))[:, 1], candidate - gru_input[:, hidden:]], 1)
+        by_gates = torch.ops.aten.sigmoid_backward.default(by_gates, gates)
+        slopes = torch.stack([by_gates[:, 0], by_product * reset, by_gates[:, 1]], 1).split(batch)
+        kept = (1.0 - update).split(batch)
+
+        stoch, deter, gradients = stoch_grad[:, -1], deter_grad[:, -1], []
+        for t in reversed(range(len(steps))):
+            step = steps[t]
+            in_, gru, out = step.norms
+            logit = softmax_backward(stoch.view_as(step.probs), step.probs)
+            logit = torch.add(logit_grad[:, t], logit, alpha=1.0 - ctx.unimix).flatten(1)
+            out_y = torch.ops.aten.silu_backward.default(product(logit, out_w), out.y)
+            deter = product(out.backward(out_y, *out_norm)[0], deter_w, deter)
+            gru_y = (deter.unsqueeze(1) * slopes[t]).flatten(1)
+            gru_in = product(gru.backward(gru_y, *gru_norm)[0], gru_w)
+            before = torch.addcmul(gru_in[:, hidden:], deter, kept[t])
+            in_y = torch.ops.aten.silu_backward.default(gru_in[:, :hidden], in_.y)
+            gradients.append((in_y, gru_y, out_y, logit, before))
+            if t:
+                # Scaled by 1/std, the gradient of x is 0 where the step began at the initial state.
+                in_x = in_._replace(rstd=in_.rstd * goes_on[t]).backward(in_y, *in_norm)[0]
+                stoch = product(in_x, stoch_w, stoch_grad[:, t - 1].flatten(1))
+                deter = torch.addcmul(deter_grad[:, t - 1], before, goes_on[t])
+
+        # (T*B, *)
+        *y_grads, logit, before = (torch.cat(x) for x in zip(*reversed(gradients), strict=True))
+        inputs = torch.cat([s.stoch for s in steps]), gru_input, torch.cat([s.deter for s in steps])
+        found, x_grads = [], []
+        for k, gradient in enumerate(y_grads):
+            norm = Norm.of(torch.cat([s.norms[k].x for s in steps]), *weights[3 * k + 1 : 3 * k + 3])
+            x, scale, shift = norm.backward(gradient, *weights[3 * k + 1 : 3 * k + 3], parameters=True)
+            x_grads.append(x.unflatten(0, (-1, batch)))
+            found += [product(inputs[k].t(), x.to(ctx.dtype)).t(), scale, shift]
+        found += [product(torch.cat([s.output for s in steps]).t(), logit.to(ctx.dtype)).t(), logit.sum(0)]
+        stoch = product((x_grads[0] * begins).sum(0), stoch_w).view_as(stoch_grad[:, 0])
+        deter = (before.unflatten(0, (-1, batch)) * begins).sum(0)
+        return None, None, x_grads[0].transpose(0, 1), x_grads[2].transpose(0, 1), stoch, deter, *found
 
 
 # --- representations ------------------------------------------------------------------------------------------------
