@@ -30,6 +30,8 @@ from networks import (
     Decoder,
     Encoder,
     Filtered,
+    Normal,
+    OneHot,
     Representation,
     ScalarHead,
     State,
@@ -329,10 +331,7 @@ class ReturnNorm(nn.Module):
     def forward(self, returns: Tensor) -> tuple[Tensor, Tensor]:
         """Update from `returns` (any shape), then give offset and scale, both 0-d."""
         returns = tools.gather_ranks(returns.detach().flatten())
-        # As torch.quantile, in fewer operations.
-        ordered, places = returns.sort().values, [level * (len(returns) - 1) for level in (0.05, 0.95)]
-        between = [(ordered[int(x)], ordered[min(int(x) + 1, len(ordered) - 1)], x % 1) for x in places]
-        self.quantiles.lerp_(torch.stack([torch.lerp(*x) for x in between]), self.rate)
+        self.quantiles.lerp_(torch.quantile(returns, self.levels), self.rate)
         low, high = self.quantiles.clone().unbind()
         return low, (high - low).clamp(min=1.0)
 
@@ -414,26 +413,29 @@ class ActorCritic(nn.Module):
         self.actor_optimizer = tools.Optimizer("actor", actor.parameters(), **actor_optimizer)
         self.value_optimizer = tools.Optimizer("value", critic.parameters(), **value_optimizer)
 
-    def imagine(self, dynamics: RSSM, start: State, at_once: bool = False) -> tuple:
-        """Roll the policy out from `start` (N,*): H states, features (H,N,F), H actions (N,A) before their bound, their
-        draws (H,N,*), policies (H,N). With `at_once` the actions are leaves: no gradient leads from them to the actor.
+    def imagine(
+        self, dynamics: RSSM, start: State, leaves: list | None = None
+    ) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
+        """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N).
+
+        Into a list `leaves` go (action, draw) of each step, and no gradient leads from an action to the actor.
         """
-        states, feats, actions, draws, outputs = [start], [], [], [], []
+        states, feats, actions, outputs, at_once = [start], [], [], [], leaves is not None
         with self.actor.record() if at_once else contextlib.nullcontext() as recorded:
             for k in range(self.imag_horizon):
                 feats.append(states[k].feat)
                 with torch.no_grad() if at_once else contextlib.nullcontext():
                     outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
                     policy = self.actor.policy(outputs[k])
-                    draws.append(policy.draw())
-                    actions.append(policy.sample(draws[k]))
-                if at_once:
-                    actions[k].requires_grad_()
+                    draw = policy.draw()
+                    actions.append(policy.sample(draw))
+                if leaves is not None:
+                    leaves.append((actions[k].requires_grad_(), draw))
                 if k < self.imag_horizon - 1:
                     states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
         feat = torch.stack(feats)
         out = self.actor.repeat(feat.detach(), recorded) if recorded else torch.stack(outputs)
-        return states, feat, actions, torch.stack(draws), self.actor.policy(out)
+        return states, feat, bound_action(torch.stack(actions)), self.actor.policy(out)
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -446,8 +448,8 @@ class ActorCritic(nn.Module):
             # (H, N, F), (H, N, A)
             # Step by step the actor's backward pass would take as many small operations as there are steps.
             at_once = self.behavior_stop_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            states, feat, actions, draws, policy = self.imagine(world_model.dynamics, start, at_once)
-            action = bound_action(torch.stack(actions))
+            leaves: list | None = [] if at_once else None
+            states, feat, action, policy = self.imagine(world_model.dynamics, start, leaves)
             entropy = policy.entropy()
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
             discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
@@ -486,10 +488,11 @@ class ActorCritic(nn.Module):
             if state_entropy is not None:
                 objective = objective + self.actor_state_entropy * state_entropy[:-1]
         actor_loss = -(weight * objective).mean()
-        if at_once:
+        if leaves:
+            actions, draws = zip(*leaves, strict=True)
             slopes = torch.autograd.grad(actor_loss, actions, retain_graph=True, materialize_grads=True)
-            # Nothing, with the gradient that reaches the actor through its actions.
-            by_actions = (torch.stack(slopes) * policy.sample(draws)).sum()
+            # A zero with the gradient that reaches the actor through its actions
+            by_actions = (torch.stack(slopes) * policy.sample(torch.stack(draws))).sum()
             actor_loss = actor_loss + (by_actions - by_actions.detach())
 
         critic = self.critic.distribution(critic_out[:-1])
