@@ -6,6 +6,8 @@ evaluate if due, act, step, store, learn what is owed, log if due, save if due. 
 Counters: `policy_step` counts decisions of the policy summed over environments, `step` environment frames
 (policy_step x action_repeat), `update` gradient updates, `episode` finished training episodes. The options `steps`,
 `eval_every`, `log_every` and `time_limit` are given in frames, `prefill` and `dataset_size` in policy steps.
+
+With `--offline_traindir` it learns from logged episodes instead (`train_offline`); a step is then an update.
 """
 
 from setup import console  # first: before what takes seconds to import
@@ -161,7 +163,7 @@ class Agent(nn.Module):
         `mask` (T,H,W) bool replaces HRSSM's random cube mask; without `behavior` the world model learns alone. Only
         tensors are read and written, always the same ones, so it can be recorded.
         """
-        filtered, metrics = self.world_model.update(batch, mask)
+        filtered, metrics = self.world_model.update(batch, self.draw_mask(batch) if mask is None else mask)
         if self.probe is not None:
             metrics |= self.probe.update(self.world_model, batch, filtered.start)
         if not behavior:
@@ -171,6 +173,33 @@ class Agent(nn.Module):
             exploring = self.explorer.update(self.world_model, filtered, batch["action"].to(filtered.embed))
             metrics |= {f"expl_{key}": value for key, value in exploring.items()}
         return metrics
+
+    def draw_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The cube mask (T,H,W) of a batch with `--mask_by` motion, reward or value; None: HRSSM draws its own."""
+        cubes = getattr(self.world_model.representation, "cube_mask", None)
+        if not isinstance(cubes, hrssm.GuidedMask):
+            return None
+        data, key = self.world_model.preprocess(batch), next(iter(self.world_model.representation.encoder.image_shapes))
+        if cubes.by == "motion":
+            return cubes.draw_by(hrssm.motion(data[key], data["is_first"]))
+        head = self.world_model.reward_head if cubes.by == "reward" else self.actor_critic.critic
+
+        def score(image: Tensor) -> Tensor:
+            with models.autocast(image, self.world_model.bf16):
+                embed = self.world_model.representation.encoder({**data, key: image})
+                post, _ = self.world_model.dynamics.observe(embed, data["action"], data["is_first"])
+                return head(post.feat).mode
+
+        return cubes.draw_by(hrssm.influence(data[key], score))
+
+    @property
+    def painter(self) -> tuple[Callable[[Tensor], Tensor] | None, str]:
+        """What draws features (...,F) as pictures (...,H,W,C), if anything does, and the key that it reproduces."""
+        if self.world_model.draws:
+            return self.world_model.draw, "image"
+        if self.probe is not None:
+            return self.probe.draw, "clean_image"
+        return None, ""
 
     def load_state_dict(self, state: dict, *args, **kwargs):
         """Accepts checkpoints written before tensors were renamed, too."""
@@ -667,13 +696,17 @@ class Learner:
         if not self.owed:
             self.owed = self.pretrain if self.should_pretrain() else self.should_train(policy_step)
 
-    def learn(self, step: int, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Do the updates that are owed at frame `step`; false if `stopped()` ended that early."""
+    def learn(self, step: int, stopped: Callable[[], bool] = lambda: False, offline: bool = False) -> bool:
+        """Do the updates that are owed at frame `step`; false if `stopped()` ended that early.
+
+        In `offline` training every update is a step.
+        """
         for batch in self.replay.batches(self.owed):
             before = copy.deepcopy(self.state_dict()) if self.undo else None
             metrics = add_prefixes(self.agent.update(batch, behavior=self.updates >= self.actor_start))
             self.updates += 1
             self.owed -= 1
+            step = self.updates if offline else step
             self.logger.progress(step, self.updates)
             watched = [key for key in metrics if key.startswith(("loss/", "opt/")) or key in self.EXTREMES]
             finite = torch.stack([metrics[key] for key in watched]).isfinite()
@@ -762,6 +795,7 @@ class Run:
             seed=config.seed + rank,
             extra_rows=n * (config.time_limit // config.action_repeat + 1),
             device=device,
+            smoothing=config.reward_smoothing,
         )
         options = {key: value for key, value in tools.flatten(vars(config)).items() if key != "logdir"}
         self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps, options=options)
@@ -1015,6 +1049,189 @@ def train(run: Run, stopped: Callable[[], bool]) -> None:
         run.save()
 
 
+# --- offline --------------------------------------------------------------------------------------------------------
+
+
+class OfflineRun:
+    """A run on logged episodes. No environment is built unless `--offline_behavior` asks to evaluate the policy."""
+
+    rank = 0
+
+    def __init__(self, config, logdir: Path, device: torch.device, rank: int = 0, ranks: int = 1):
+        if ranks > 1:
+            raise tools.UserError("--offline_traindir trains in one process: start it without torchrun")
+        self.config, self.logdir, self.checkpoint_path = config, logdir, logdir / "latest.pt"
+        checkpoint = tools.load_checkpoint(self.checkpoint_path, device)
+        self.new = checkpoint is None
+        if self.new:
+            tools.check_checkpoint_lost(logdir)
+        self.logged = exploration.load_logged(config, device)
+        observed, actions = self.logged.spaces, self.logged.replay.storage["action"].shape[-1]
+        discrete = config.actor_dist == "onehot"
+        act_space = gymnasium.spaces.Discrete(actions) if discrete else gymnasium.spaces.Box(-1.0, 1.0, (actions,))
+        self.eval_envs = {}
+        if acts(config) and config.eval_episode_num:
+            self.eval_envs = {name: make_eval_envs(config, task) for name, task in evaluations(config).items()}
+        for vec in self.eval_envs.values():
+            theirs = {key: space.shape for key, space in vec.observation_space.items()}
+            ours = {key: space.shape for key, space in observed.items()}
+            if ours != theirs or vec.action_space.shape != act_space.shape:
+                raise tools.UserError(
+                    f"{config.task} shows {theirs} and takes actions {vec.action_space}, the logged episodes hold "
+                    f"{ours} and {act_space}: name their --task, or evaluate nothing with --eval_episode_num 0"
+                )
+        options = copy.copy(config)
+        if not self.logged.rewarded:
+            print("No rewards were logged: neither the reward loss nor the bisimulation loss is used.", flush=True)
+            options.reward_scale, options.nosimsr = 0.0, config.nosimsr or config.method == "hrssm"
+        self.agent = make_agent(options, observed, act_space, device)
+        self.agent.speed_up(config.compile)
+        options = {key: value for key, value in tools.flatten(vars(config)).items() if key != "logdir"}
+        self.logger = tools.Logger(logdir, simple=config.simple_log, total_steps=config.steps, options=options)
+        self.learner = Learner(self.agent, self.logged.replay, self.logger, config)
+        if not config.offline_behavior:
+            self.learner.actor_start = math.inf
+        self.evaluated = -1
+        if checkpoint:
+            self.restore(checkpoint)
+        elif config.init_from:
+            load_weights(self.agent, config.init_from)
+        self.saved_at = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        return self.learner.updates
+
+    @property
+    def finished(self) -> bool:
+        return self.evaluated >= self.config.steps
+
+    @property
+    def evaluation_due(self) -> bool:
+        due = self.step % self.config.eval_every == 0 or self.step >= self.config.steps
+        return due and self.evaluated < self.step
+
+    def save_due(self) -> bool:
+        return 0 < 60 * self.config.save_every < time.monotonic() - self.saved_at
+
+    def next(self) -> int:
+        """The update at which something else is due."""
+        periods = [every for every in (self.config.eval_every, self.config.log_every) if every]
+        return min(self.config.steps, *(self.step // every * every + every for every in periods))
+
+    def write(self, only: str = "") -> None:
+        skipped = {"skipped": self.learner.skipped} if self.learner.skipped else {}
+        with tools.writing(self.logdir):
+            self.logger.write(self.step, only=only, update=self.step, **skipped)
+
+    def evaluate(self, stopped: Callable[[], bool]) -> bool:
+        """Measure on the held-out episodes and save; false if `stopped()` interrupted it and it has to start over."""
+        self.learner.check()
+        rng, played = tools.rng_state(), {}
+        for name, vec in self.eval_envs.items():
+            played[name], _ = evaluate(self.agent, vec, self.config.eval_episode_num, stopped)
+        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config.offline_state)
+        if stopped():
+            tools.set_rng_state(rng)
+            return False
+        self.logger.scalars({f"offline/{key}": value for key, value in metrics.items()})
+        for name, values in played.items():
+            self.logger.scalars({f"eval/{name}/{k}" if name else f"eval/{k}": v for k, v in values.items()})
+        if frames is not None:
+            self.logger.video("offline/openloop", frames, fps=10, strip=models.CONTEXT)
+        self.write(only="offline/")
+        self.write(only="eval/")
+        with tools.writing(self.logdir):
+            tools.write_atomic(self.logdir / "openloop.csv", functools.partial(self.add_curves, curves))
+        self.evaluated = self.step
+        self.save()
+        return True
+
+    def add_curves(self, curves: dict[str, np.ndarray], file) -> None:
+        """Rows of this evaluation after those of earlier ones: update, horizon, the mean of each error."""
+        path, lines = self.logdir / "openloop.csv", []
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines()[1:] if int(line.split(",")[0]) < self.step]
+        for h, row in enumerate(zip(*curves.values(), strict=True)):
+            lines.append(",".join(map(str, (self.step, h + 1, *(f"{value:.6g}" for value in row)))))
+        file.write("".join(f"{line}\n" for line in (",".join(["update", "horizon", *curves]), *lines)).encode())
+
+    def save(self) -> None:
+        self.learner.check()
+        count = {"policy_step": 0, "update": self.step, "evaluated": self.evaluated, "skipped": self.learner.skipped}
+        state = self.learner.state_dict() | {
+            "count": count,
+            "logged": self.logged.files,
+            "draws": json.dumps(self.logged.replay.rng.bit_generator.state),
+            "logger": self.logger.state_dict(),
+            "rng": tools.rng_state(),
+        }
+        with tools.writing(self.logdir):
+            tools.save_checkpoint(self.checkpoint_path, state)
+        self.saved_at = time.monotonic()
+
+    def restore(self, state: dict) -> None:
+        fix = "restore it from a copy, or start anew with --fresh"
+        with tools.reading(f"{self.checkpoint_path} does not fit this run", fix):
+            exploration.check_unchanged(state["logged"], self.logged.files)
+            self.learner.load_state_dict(state)
+            count = state["count"]
+            self.learner.updates, self.evaluated = count["update"], count["evaluated"]
+            self.learner.skipped = count["skipped"]
+            self.logger.load_state_dict(state["logger"])
+            self.logged.replay.rng.bit_generator.state = json.loads(state["draws"])
+            tools.set_rng_state(state["rng"])
+        print(f"Resumed {self.logdir} at update {self.step}.", flush=True)
+
+    def close(self) -> None:
+        for vec in self.eval_envs.values():
+            vec.close()
+        with tools.writing(self.logdir):
+            self.logger.close()
+
+
+def measure_offline(agent: Agent, logged: exploration.Logged, state: str) -> tuple[dict, dict, np.ndarray | None]:
+    """Metrics on held-out episodes, error curves (horizons,), and the open-loop video (T,3H,W,C) of the first."""
+    if state and state not in logged.held_out[0]:
+        raise tools.UserError(f"--offline_state {state}: the episodes hold {', '.join(logged.held_out[0])}")
+    world_model, (draw, target), frames = agent.world_model, agent.painter, None
+    measure = functools.partial(models.measure_windows, world_model, state=state)
+    target = target if target in logged.held_out[0] else "image"
+    found = measure(draw, logged.held_out, logged.mean_frames.get(target), target)
+    metrics, curves = models.summarise_windows(found)
+    if draw:
+        length = models.CONTEXT + models.HORIZON
+        rows = next(rows for rows in logged.held_out if len(rows["action"]) > models.CONTEXT)
+        batch = {key: torch.as_tensor(values[None, :length]) for key, values in rows.items()}
+        frames = models.open_loop_video(world_model, draw, batch, target)[0].cpu().numpy()
+    if state:
+        numbers = list(logged.replay.episodes)
+        chosen = np.linspace(0, len(numbers) - 1, min(16, len(numbers))).astype(int)
+        train = measure(None, [logged.replay.rows(numbers[i]) for i in chosen])
+        metrics |= {f"state_r2_{h}": value for h, value in models.readout_r2(train, found).items()}
+    return metrics, curves, frames
+
+
+def train_offline(run: OfflineRun, stopped: Callable[[], bool]) -> None:
+    """Learn from logged episodes until the run is finished; `stopped()` ends it early."""
+    if run.new:
+        run.save()
+        run.new = False
+    while not (run.finished or stopped()):
+        if run.evaluation_due:
+            if not run.evaluate(stopped):
+                break
+            continue
+        run.learner.owed = run.next() - run.step
+        run.learner.learn(run.step, lambda: stopped() or run.save_due(), offline=True)
+        if run.config.log_every and run.step % run.config.log_every == 0:
+            run.write()
+        if run.save_due():
+            run.save()
+    if not run.finished:
+        run.save()
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -1044,13 +1261,13 @@ def warn_idle_options(method: str, argv: list[str]) -> None:
             tools.warn(f"--{option} has no effect with --method {method}")
 
 
-def prepare(config) -> torch.device:
-    """Check what can be checked before workers start, and set up torch."""
-    if not config.logdir:
-        raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
-    device = pick_device(config.device)
-    if device.type == "cuda" and (config.device.startswith("cuda:") or "LOCAL_RANK" in os.environ):
-        envs.render_on(device.index)  # learn and render on one card
+def acts(config) -> bool:
+    """Whether training or evaluation needs the environment."""
+    return not config.offline_traindir or config.offline_behavior
+
+
+def check_tasks(config) -> None:
+    """Raise EnvError or UserError if a task of the run cannot be made."""
     for task, clips in {(config.task, ""), *evaluations(config).values()}:
         envs.prepare(task, **env_options(config) | {"total_frames": 1, "unseen": clips == "unseen"})
     held_out = config.holdout_clips or config.eval_resource_files
@@ -1060,6 +1277,17 @@ def prepare(config) -> torch.device:
         )
     if config.robustness_every and not distracted_tasks(config):
         raise tools.UserError("--robustness_every needs a --task or --eval_task with distraction: dmc_..._video")
+
+
+def prepare(config) -> torch.device:
+    """Check what can be checked before workers start, and set up torch."""
+    if not config.logdir:
+        raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
+    device = pick_device(config.device)
+    if device.type == "cuda" and (config.device.startswith("cuda:") or "LOCAL_RANK" in os.environ):
+        envs.render_on(device.index)  # learn and render on one card
+    if acts(config) or config.eval_only:
+        check_tasks(config)
     tools.keep_memory()
     busy = config.envs if config.overlap and config.parallel else 0
     torch.set_num_threads(config.threads or tools.default_threads(busy))
@@ -1073,7 +1301,7 @@ def prepare(config) -> torch.device:
     return device
 
 
-def start(config, device: torch.device, argv: list[str]) -> tuple[Run, int]:
+def start(config, device: torch.device, argv: list[str]) -> tuple[Run | OfflineRun, int]:
     """The run in `--logdir`, new or resumed, and the lock on its folder."""
     logdir = Path(config.logdir).expanduser()
     rank, ranks = tools.start_ranks(device)
@@ -1091,9 +1319,10 @@ def start(config, device: torch.device, argv: list[str]) -> tuple[Run, int]:
         logdir, config.simple_log = logdir / f"rank{rank}", True
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     lock = tools.lock(logdir)
-    print(f"{config.task} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
+    source = config.offline_traindir or config.task
+    print(f"{source} on {device} with {torch.get_num_threads()} threads, logdir {logdir}", flush=True)
     try:
-        run = Run(config, logdir, device, rank, ranks)
+        run = (OfflineRun if config.offline_traindir else Run)(config, logdir, device, rank, ranks)
         if rank == 0:
             # Written only now that the options are known to work: a mistyped one must not claim the folder.
             tools.save_config(config, logdir, argv)
@@ -1126,10 +1355,14 @@ def main(argv: list[str] | None = None) -> int:
                 signal.signal(number, note)
         run, lock = start(config, device, argv)
         try:
-            train(run, lambda: bool(received))
+            if isinstance(run, OfflineRun):
+                train_offline(run, lambda: bool(received))
+            else:
+                train(run, lambda: bool(received))
             done = tools.read_final_evaluation(run.logdir)
             missing = done is None or (done["step"], done["episodes"]) != (run.step, config.final_episodes)
-            if run.finished and run.rank == 0 and config.final_episodes and missing and not received:
+            wanted = config.final_episodes and acts(config)
+            if run.finished and run.rank == 0 and wanted and missing and not received:
                 final_evaluation(run.agent, config, run.logdir, run.step, lambda: bool(received))
         except KeyboardInterrupt:
             print("Stopped at once; what came after the last checkpoint is lost. The same command goes on.", flush=True)

@@ -1,10 +1,12 @@
-"""How experience is collected: exploring behaviours, and `Rollout`, which acts them out.
+"""How experience is collected: exploring behaviours, `Rollout`, which acts them out, and episodes logged before.
 
 Behaviours have the interface of `models.ActorCritic`: `actor(feat)` and `update(...)`. 'greedy' is the task policy
 itself, so it needs nothing here.
 """
 
 import math
+import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import gymnasium
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 import envs
 import tools
+from envs.episodes import File, find_files, hold_out, load_episodes
+from envs.vector import FLAGS
 from models import ActorCritic, WorldModel, autocast, frozen
 from networks import MLP, Filtered, OneHot, State, bound_action
 
@@ -204,3 +208,91 @@ class Rollout:
         self.score = np.array(score)
         self.length = np.array(length)
         self.carry = Carry.from_tensors(carry) if carry else None
+
+
+# --- logged episodes ------------------------------------------------------------------------------------------------
+
+
+class Logged(NamedTuple):
+    """Logged episodes: those to learn from in replay, those held out, and every file as [name, bytes, rows]."""
+
+    replay: tools.Replay
+    held_out: list[dict[str, np.ndarray]]
+    files: list[list]
+    mean_frames: dict[str, Tensor]  # (H,W,C) in [0, 1] of each picture, over the training episodes
+    rewarded: bool
+
+    @property
+    def spaces(self) -> gymnasium.spaces.Dict:
+        box = gymnasium.spaces.Box
+        shapes = {key: (tuple(values.shape[1:]), values.dtype) for key, values in self.replay.storage.items()}
+        known = {key: kind for key, kind in shapes.items() if key not in ("action", "reward", *FLAGS)}
+        return gymnasium.spaces.Dict(
+            {
+                key: box(0, 255, shape, np.uint8) if dtype == torch.uint8 else box(-np.inf, np.inf, shape, np.float32)
+                for key, (shape, dtype) in known.items()
+            }
+        )
+
+
+def load_logged(config, device: torch.device | str = "cpu") -> Logged:
+    """The episodes of `--offline_traindir` and `--offline_evaldir`, file by file into replay. Raises EnvError."""
+    started, options = time.monotonic(), {"actions": config.offline_actions, "size": tuple(config.size)}
+    options["discrete"] = config.actor_dist == "onehot"
+    files = find_files(config.offline_traindir, config.dataset_size)
+    pieces = sum(len(file.pieces) for file in files)
+    drawn = set() if config.offline_evaldir else hold_out(pieces, config.seed)
+    replay = tools.Replay(
+        capacity=sum(file.rows for file in files) + pieces,
+        batch_size=config.batch_size,
+        batch_length=config.batch_length,
+        num_envs=1,
+        seed=config.seed,
+        device=device,
+    )
+    held_out, totals, rewarded, found = [], {}, True, {}
+
+    def read(files: list[File], use: str) -> Iterator[dict[str, np.ndarray]]:
+        nonlocal rewarded
+        for path, rows in load_episodes(files, **options):
+            found[use, path] = found.get((use, path), 0) + len(rows["action"])
+            rewarded = rewarded and "reward" in rows
+            yield {"reward": np.zeros(len(rows["action"]), np.float32)} | rows
+
+    for number, rows in enumerate(read(files, "training")):
+        if number in drawn:
+            held_out.append(rows)
+            continue
+        replay.extend(rows)
+        for key, values in rows.items():
+            if values.dtype == np.uint8:
+                totals[key] = totals.get(key, 0.0) + values.sum(0, dtype=np.float64)
+    if config.offline_evaldir:
+        held_out = list(read(find_files(config.offline_evaldir), "held-out"))
+    if not held_out or not len(replay):
+        raise tools.UserError(
+            f"{config.offline_traindir} holds {len(held_out) + replay.num_episodes} episodes: two are needed, one to "
+            "learn from and one to hold out, or held-out ones in --offline_evaldir"
+        )
+    if held_out[0].keys() != replay.storage.keys():
+        raise tools.UserError(f"{config.offline_evaldir} has other keys than {config.offline_traindir}")
+    rows, seconds = sum(found.values()), time.monotonic() - started
+    print(
+        f"Loaded {replay.num_episodes + len(held_out)} episodes, {len(held_out)} of them held out: {rows:,} rows, "
+        f"{rows / seconds:,.0f} per second.",
+        flush=True,
+    )
+    listed = [[f"{use} {path.name}", path.stat().st_size, rows] for (use, path), rows in found.items()]
+    means = {key: torch.as_tensor(total / len(replay) / 255.0) for key, total in totals.items()}
+    return Logged(replay, held_out, listed, means, rewarded)
+
+
+def check_unchanged(before: list[list], now: list[list]) -> None:
+    """Raise UserError with the first difference between the files of a run and those it finds when it goes on."""
+    old, new = ({name: f"{size} bytes, {rows} rows" for name, size, rows in files} for files in (before, now))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise tools.UserError(
+                f"the logged episodes are not those of this run: {name} had {old.get(name, 'not been there')}, now "
+                f"{new.get(name, 'is missing')}. Restore them, or start anew with --fresh"
+            )

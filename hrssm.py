@@ -13,7 +13,9 @@ decoder-free Dreamer remains. Shape letters as in `models.py`.
 """
 
 import copy
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,6 +80,43 @@ class CubeMask:
         )
         pixels = grids[:, rows[:, None], columns[None, :]]
         return pixels.repeat_interleave(self.block, 0)[:steps]
+
+
+class GuidedMask(CubeMask):
+    """Cubes drawn in proportion to the relevance of what they hide, at the same ratio (an open question of the paper).
+
+    `by` says what is relevant: 'motion', or what moves the predicted 'reward' or 'value'. See `Agent.draw_mask`.
+    """
+
+    def __init__(self, *args, by: str, **options):
+        super().__init__(*args, **options)
+        self.by = by
+
+    def draw_by(self, relevance: Tensor) -> Tensor:
+        """A mask (T,H,W) bool from relevances (B,T,H,W) >= 0; cells are drawn without replacement."""
+        steps = relevance.shape[1]
+        # (T, 1, H, W) -> (T, rows, columns); the last block is filled up with zeros
+        cells = F.adaptive_avg_pool2d(relevance.mean(0).unsqueeze(1), self.grid).squeeze(1)
+        cells = F.pad(cells, (0, 0, 0, 0, 0, -steps % self.block))
+        # (blocks, rows * columns); a little of everything, lest nothing is relevant
+        weight = cells.unflatten(0, (-1, self.block)).sum(1).flatten(1)
+        weight = weight + 1e-3 * weight.mean(1, keepdim=True) + 1e-20
+        # Exponential waiting times with these rates end in the order of such draws.
+        ranks = (torch.empty_like(weight).exponential_() / weight).argsort(-1).argsort(-1)
+        return self.expand((ranks < self.hidden).unflatten(1, self.grid), steps)
+
+
+def motion(image: Tensor, is_first: Tensor) -> Tensor:
+    """How much each pixel (B,T,H,W) of images (B,T,H,W,C) changed since the frame before."""
+    change = (image[:, 1:] - image[:, :-1]).abs().mean(-1)
+    return F.pad(torch.where(is_first[:, 1:, None, None], 0.0, change), (0, 0, 0, 0, 1, 0))
+
+
+def influence(image: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """How much each pixel (B,T,H,W) moves `score(image)`: the absolute gradient, summed over channels."""
+    with torch.enable_grad():
+        image = image.detach().requires_grad_()
+        return torch.autograd.grad(score(image).sum(), image)[0].abs().sum(-1)
 
 
 def _intensity(x: Tensor) -> Tensor:
@@ -212,6 +251,7 @@ class HybridRSSM(Representation):
         dynamics: RSSM,
         *,
         mask_ratio: float,
+        mask_by: str,
         patch_size: int,
         block_size: int,
         augmentation: list[str],
@@ -236,7 +276,8 @@ class HybridRSSM(Representation):
         self.raw_dynamics = copy.deepcopy(dynamics).requires_grad_(False)
         self.raw_projector = copy.deepcopy(self.projector).requires_grad_(False)
         sizes = [shape[:2] for shape in encoder.image_shapes.values()]
-        self.cube_mask = CubeMask(*sizes[0], patch=patch_size, block=block_size, ratio=mask_ratio) if sizes else None
+        kind = CubeMask if mask_by == "uniform" else functools.partial(GuidedMask, by=mask_by)
+        self.cube_mask = kind(*sizes[0], patch=patch_size, block=block_size, ratio=mask_ratio) if sizes else None
         self.augmentation = augmentation
         self.aug_prob = aug_prob
         self.encoder_tau = encoder_tau

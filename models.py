@@ -17,6 +17,7 @@ are 0-d tensors that stay on the device.
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -304,6 +305,16 @@ class WorldModel(nn.Module):
         metrics["post_ent"] = dynamics.entropy(post.detach()).mean()
         return total, filtered, metrics
 
+    @property
+    def draws(self) -> bool:
+        """Whether a decoder of its own can draw what a latent shows."""
+        return isinstance(self.representation, Reconstruction) and "image" in self.representation.decoder.keys
+
+    def draw(self, feat: Tensor) -> Tensor:
+        """Pictures (...,H,W,C) in [-0.5, 0.5] of features (...,F)."""
+        assert isinstance(self.representation, Reconstruction)
+        return self.representation.decoder(feat)["image"]
+
     def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Filtered, dict[str, Tensor]]:
         """One optimiser step, then what follows it. Returns the batch as filtered before the step, detached."""
         loss, filtered, metrics = self.loss(batch, mask)
@@ -568,32 +579,242 @@ class Probe(nn.Module):
     def target(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**data, "image": data.get("clean_image", data.get("image"))}
 
-    @torch.no_grad()
-    def open_loop(self, world_model: WorldModel, batch: dict[str, Tensor], context: int = 10) -> Tensor:
-        """Open-loop prediction: frames (B,T,H,W,C) uint8, with several pictures stacked vertically.
+    def draw(self, feat: Tensor) -> Tensor:
+        """Pictures (...,H,W,C) in [-0.5, 0.5] of features (...,F)."""
+        return self.decoder(feat)[next(iter(self.decoder.image_shapes))]
 
-        The model filters `context` steps of `batch` (B,T,*), then predicts the rest from the actions alone. From the
-        top: observed (if different from the truth), truth, model, error (grey means none). Latents are modes, so the
-        result is deterministic.
-        """
-        data, dynamics = world_model.preprocess(batch), world_model.dynamics
-        # (B, T, E)
-        embed = world_model.representation.encoder(data)
-        state, states = dynamics.initial(data["is_first"].shape[:1]), []
-        for t in range(data["is_first"].shape[1]):
-            action = data["action"][:, t]
-            if t < context:
-                state = dynamics.obs_step(state, action, embed[:, t], data["is_first"][:, t], sample=False)
-            else:
-                state = dynamics.img_step(state, action, sample=False)
-            states.append(state)
-        key = next(iter(self.decoder.image_shapes))
-        truth, model = self.target(data)[key], self.decoder(stack_states(states, 1).feat)[key].clamp(-0.5, 0.5)
-        pictures = [truth, model, (model - truth) / 2.0]
-        if "clean_image" in data:
-            pictures.insert(0, data["image"])
-        # (B, T, n H, W, C)
-        return ((torch.cat(pictures, 2) + 0.5) * 255.0).round().to(torch.uint8)
+    def open_loop(self, world_model: WorldModel, batch: dict[str, Tensor], context: int = 10) -> Tensor:
+        """`open_loop_video` of what the probe draws."""
+        key = "clean_image" if "clean_image" in batch else next(iter(self.decoder.image_shapes))
+        return open_loop_video(world_model, self.draw, batch, key, context)
+
+
+@torch.no_grad()
+def open_loop_video(
+    world_model: WorldModel,
+    draw: Callable[[Tensor], Tensor],
+    batch: dict[str, Tensor],
+    target: str,
+    context: int = 10,
+) -> Tensor:
+    """Open-loop prediction: frames (B,T,H,W,C) uint8, with several pictures stacked vertically.
+
+    The model filters `context` steps of `batch` (B,T,*), then predicts the rest from the actions alone. From the top:
+    observed (if `target`, the truth, is the picture without distraction), truth, model, error (grey means none).
+    """
+    data = world_model.preprocess(batch)
+    truth, model = data[target], draw(open_loop(world_model, data, context).feat).clamp(-0.5, 0.5)
+    pictures = [truth, model, (model - truth) / 2.0]
+    if target == "clean_image":
+        pictures.insert(0, data["image"])
+    # (B, T, n H, W, C)
+    return ((torch.cat(pictures, 2) + 0.5) * 255.0).round().to(torch.uint8)
+
+
+def open_loop(world_model: WorldModel, data: dict[str, Tensor], context: int) -> State:
+    """Latents (B,T,*) of preprocessed `data`: `context` rows are filtered, the rest is imagined from the actions alone.
+
+    Latents are modes, so the result is deterministic.
+    """
+    dynamics, steps = world_model.dynamics, data["is_first"].shape[1]
+    seen = {key: values[:, :context] for key, values in data.items()}
+    # (B, context, E)
+    embed = world_model.representation.encoder(seen)
+    state, states = dynamics.initial(embed.shape[:1]), []
+    for t in range(steps):
+        action = data["action"][:, t]
+        if t < context:
+            state = dynamics.obs_step(state, action, embed[:, t], data["is_first"][:, t], sample=False)
+        else:
+            state = dynamics.img_step(state, action, sample=False)
+        states.append(state)
+    return stack_states(states, 1)
+
+
+# --- held-out episodes ----------------------------------------------------------------------------------------------
+# `N` windows of CONTEXT + HORIZON rows, of which the model sees the first CONTEXT and imagines the others.
+
+CONTEXT, HORIZON = 10, 90
+HORIZONS = (1, 5, 10, 20, 50, 90)  # of the metrics; openloop.csv has all
+WINDOWS = 100  # a large held-out set is evaluated on this many, evenly spread
+
+
+def choose_windows(lengths: list[int]) -> list[tuple[int, int]]:
+    """(episode, first row) of the windows: every CONTEXT rows of each episode, with at least one row to imagine."""
+    found = [(e, start) for e, rows in enumerate(lengths) for start in range(0, rows - CONTEXT, CONTEXT)]
+    kept = np.linspace(0, len(found) - 1, min(WINDOWS, len(found))).round().astype(int)
+    return [found[i] for i in kept]
+
+
+def cut_window(episodes: list[dict[str, np.ndarray]], number: int, start: int) -> dict[str, np.ndarray]:
+    """A window (CONTEXT + HORIZON, ...): what is after the end is the last row, `valid` (HORIZON,) says which is not.
+
+    `other_action` are the actions of another episode, at the same rows.
+    """
+    rows = np.arange(start, start + CONTEXT + HORIZON)
+    own, other = episodes[number], episodes[(number + 1) % len(episodes)]["action"]
+    length = len(own["action"])
+    window = {key: values[np.minimum(rows, length - 1)] for key, values in own.items()}
+    # A single episode lends its actions of half an episode later. Row 0 has none.
+    later = rows + (length // 2 if len(episodes) == 1 else 0)
+    window["other_action"] = other[1 + later % (len(other) - 1)]
+    window["is_first"] = rows == start
+    return window | {"valid": rows[CONTEXT:] < length}
+
+
+@torch.no_grad()
+def measure_windows(
+    world_model: WorldModel,
+    draw: Callable[[Tensor], Tensor] | None,
+    episodes: list[dict[str, np.ndarray]],
+    mean_frame: Tensor | None = None,
+    target: str = "image",
+    state: str = "",
+    chunk: int = 20,
+) -> dict[str, np.ndarray]:
+    """What the model makes of held-out `episodes` (T,...): arrays (N,HORIZON), NaN after the end of an episode.
+
+    `kl`, `prior_ent`, `post_ent` (nats), `reward` and `reward_pred` of the filter; `feat` (N,HORIZON,F) in imagination,
+    the vector observation named by `state` (N,HORIZON,S), and `episode` (N,). With `draw`, which maps features (...,F)
+    to pictures in [-0.5, 0.5], also the errors of pixels in [0, 1] against `target`: `closed_*` of the filter, `open_*`
+    in imagination, `shuffled_mse` the same with the actions of another episode, `copy_mse` of the last picture seen,
+    `mean_mse` of `mean_frame` (H,W,C), and the part of `open_mse` on pixels that have just changed by more than 0.1
+    (`moving_mse`) and on the others (`still_mse`). Latents are modes: nothing is drawn at random.
+    """
+    windows = choose_windows([len(episode["action"]) for episode in episodes])
+    if not windows:
+        raise tools.UserError(f"no held-out episode has more than {CONTEXT} rows, the context of an open loop")
+    parts = []
+    for i in range(0, len(windows), chunk):
+        cut = [cut_window(episodes, *window) for window in windows[i : i + chunk]]
+        batch = {key: torch.from_numpy(np.stack([window[key] for window in cut])) for key in cut[0]}
+        valid = batch.pop("valid")
+        values = _measure_batch(world_model, draw, world_model.preprocess(batch), mean_frame, target)
+        if state:
+            values["state"] = batch[state][:, CONTEXT:]
+        # The axes of a vector come last.
+        hidden = {key: ~valid.reshape(*valid.shape, *[1] * (x.dim() - 2)) for key, x in values.items()}
+        parts.append({key: x.cpu().masked_fill(hidden[key], math.nan) for key, x in values.items()})
+    found = {key: torch.cat([part[key] for part in parts]).numpy() for key in parts[0]}
+    return found | {"episode": np.array([number for number, _ in windows])}
+
+
+def _measure_batch(
+    world_model: WorldModel,
+    draw: Callable[[Tensor], Tensor] | None,
+    data: dict[str, Tensor],
+    mean_frame: Tensor | None,
+    target: str,
+) -> dict[str, Tensor]:
+    dynamics = world_model.dynamics
+    other = data | {"action": data["other_action"]}
+    embed = world_model.representation.encoder(data)
+    states = dynamics.observe(embed, data["action"], data["is_first"], sample=False)
+    post, prior = (dynamics.dist(state.logit[:, CONTEXT:]) for state in states)
+    # (N, HORIZON, F)
+    closed, imagined = states[0].feat[:, CONTEXT:], open_loop(world_model, data, CONTEXT).feat[:, CONTEXT:]
+    values = {"feat": imagined, "kl": dynamics.kl(post, prior)}
+    values |= {"prior_ent": dynamics.entropy(prior), "post_ent": dynamics.entropy(post)}
+    values["reward"] = data["reward"][:, CONTEXT:]
+    values["reward_pred"] = world_model.reward_head(closed).mode.squeeze(-1)
+    if draw is None:
+        return values
+
+    def error(picture: Tensor) -> Tensor:
+        return (picture - truth).square().mean(-1)
+
+    # (N, HORIZON, H, W, C)
+    truth, before = data[target][:, CONTEXT:], data[target][:, CONTEXT - 1 : -1]
+    moving = (truth - before).abs().amax(-1) > 0.1
+    pictures = {"open": draw(imagined), "closed": draw(closed), "copy": before[:, :1]}
+    pictures["shuffled"] = draw(open_loop(world_model, other, CONTEXT).feat[:, CONTEXT:])
+    if mean_frame is not None:
+        pictures["mean"] = mean_frame.to(truth) - 0.5
+    for name, picture in pictures.items():
+        picture = picture.clamp(-0.5, 0.5)
+        squared = error(picture)
+        values[f"{name}_mse"] = squared.mean((-2, -1))
+        if name in ("open", "closed"):
+            values[f"{name}_psnr"] = -10.0 * values[f"{name}_mse"].clamp(min=1e-10).log10()
+            values[f"{name}_ssim"] = ssim(picture, truth)
+        if name == "open":
+            values["moving_mse"] = (squared * moving).sum((-2, -1)) / moving.sum((-2, -1))
+            values["still_mse"] = (squared * ~moving).sum((-2, -1)) / (~moving).sum((-2, -1))
+    return values
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity (...) of pictures (...,H,W,C) whose values span 1 (Wang et al., 2004).
+
+    Gaussian windows of 11 x 11 pixels (or the picture's size), standard deviation 1.5, K 0.01 and 0.03, of each
+    channel; mean over all positions where the window fits, and over channels.
+    """
+    edge = min(11, *x.shape[-3:-1])
+    kernel = torch.exp(-0.5 * ((torch.arange(edge).to(x) - (edge - 1) / 2) / 1.5) ** 2)
+    kernel = kernel / kernel.sum()
+
+    def blur(z: Tensor) -> Tensor:
+        z = torch.nn.functional.conv2d(z, kernel.reshape(1, 1, edge, 1))
+        return torch.nn.functional.conv2d(z, kernel.reshape(1, 1, 1, edge))
+
+    lead = x.shape[:-3]
+    # (N * C, 1, H, W)
+    x, y = (z.flatten(0, -4).movedim(-1, 1).flatten(0, 1).unsqueeze(1) for z in (x, y))
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y, covariance = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return similarity.mean((-3, -2, -1)).reshape(*lead, -1).mean(-1)
+
+
+def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics of `measure_windows`, and the mean curves (horizons,) of its errors, as far as there are episodes."""
+
+    def mean(x: np.ndarray, axis: int | None = None) -> np.ndarray:
+        known = np.isfinite(x)
+        return np.where(known, x, 0.0).sum(axis) / np.where(known.any(axis), known.sum(axis), math.nan)
+
+    horizons = np.count_nonzero(np.isfinite(found["kl"]).any(0))
+    others = ("feat", "state", "episode", "reward", "reward_pred")
+    curves = {key: mean(values[:, :horizons], 0) for key, values in found.items() if key not in others}
+    metrics = {key: float(mean(found[key])) for key in ("kl", "prior_ent", "post_ent")}
+    reward, wrong = found["reward"], np.nansum((found["reward"] - found["reward_pred"]) ** 2)
+    if spread := np.nansum((reward - np.nanmean(reward)) ** 2):
+        metrics["reward_r2"] = float(1.0 - wrong / spread)
+    if "open_mse" not in found:
+        return metrics, curves
+    metrics |= {f"recon_{name}": float(mean(found[f"closed_{name}"])) for name in ("mse", "psnr", "ssim")}
+    for key in ("open_mse", "copy_mse", "mean_mse", "shuffled_mse", "moving_mse", "still_mse"):
+        if key in curves:
+            metrics[key] = float(mean(curves[key]))
+    for key in ("open_mse", "open_psnr", "open_ssim", "copy_mse", "mean_mse"):
+        if key in curves:
+            metrics |= {f"{key}_{h}": float(curves[key][h - 1]) for h in HORIZONS if h <= len(curves[key])}
+    return metrics, curves
+
+
+def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray], penalty: float = 1.0) -> dict[int, float]:
+    """R^2 at each of HORIZONS of a linear readout of `state` (N,HORIZON,S) from `feat` (N,HORIZON,F) in imagination.
+
+    Ridge regression on all rows of `train`, standardised; R^2 over the standardised entries together, on `test`.
+    """
+
+    def rows(x: np.ndarray) -> np.ndarray:
+        return x[np.isfinite(x).all(-1) & np.isfinite(train["state"]).all(-1)].astype(np.float64)
+
+    x, y = rows(train["feat"]), rows(train["state"])
+    (x_mean, x_std), (y_mean, y_std) = ((z.mean(0), np.where(z.std(0) > 1e-6, z.std(0), np.inf)) for z in (x, y))
+    x, y = (x - x_mean) / x_std, (y - y_mean) / y_std
+    weight = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
+    found = {}
+    for h in HORIZONS:
+        kept = np.isfinite(test["state"][:, h - 1]).all(-1)
+        if kept.sum() > 1:
+            truth = (test["state"][kept, h - 1] - y_mean) / y_std
+            wrong = truth - (test["feat"][kept, h - 1].astype(np.float64) - x_mean) / x_std @ weight
+            found[h] = float(1.0 - (wrong**2).sum() / ((truth - truth.mean(0)) ** 2).sum())
+    return found
 
 
 # --- diagnostics ----------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ import torch.utils._pytree as pytree
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
+from scipy import ndimage, signal
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -1018,6 +1019,16 @@ def alone_on(device: torch.device) -> Iterator[None]:
             file.close()
 
 
+def smooth_rewards(reward: np.ndarray, kind: str) -> np.ndarray:
+    """Rewards (T,) of an episode filtered along time, with the widths of DreamSmooth (Lee et al., 2024).
+
+    'gaussian' has a deviation of 3 steps, ends repeated; 'ema' keeps 0.33 of the step before.
+    """
+    if kind == "gaussian":
+        return ndimage.gaussian_filter1d(reward, 3.0, mode="nearest")
+    return signal.lfilter([0.67], [1.0, -0.33], reward, zi=[0.33 * reward[0]])[0].astype(reward.dtype)
+
+
 class Replay:
     """Episodes in one preallocated array per key, sampled with upstream's distribution.
 
@@ -1035,6 +1046,9 @@ class Replay:
 
     Batches are on `device`. On a GPU with enough memory all rows are kept there; otherwise in host memory, and
     the next batch is assembled and copied while the caller uses the current one (`prefetch`).
+
+    With `smoothing` ('gaussian' or 'ema', see `smooth_rewards`) an episode is sampled only once it has ended, with
+    filtered rewards.
     """
 
     def __init__(
@@ -1048,7 +1062,9 @@ class Replay:
         extra_rows: int = 0,
         device: torch.device | str = "cpu",
         prefetch: bool | None = None,
+        smoothing: str = "none",
     ):
+        self.smoothing = smoothing
         self.capacity, self.batch_size, self.batch_length = capacity, batch_size, batch_length
         self.num_envs, self.slots = num_envs, capacity + extra_rows
         self.device = torch.device(device)
@@ -1092,9 +1108,25 @@ class Replay:
             self.episodes[self.open[env]].append(slots[-1])
         self._store(slots, rows)
 
+    def extend(self, rows: dict[str, np.ndarray]) -> int:
+        """Add a finished episode (T, ...) and return its number. Evicts nothing while there are slots."""
+        slots = array("q", (self._take_slot() for _ in range(len(rows["is_first"]))))
+        self._store(slots, rows)
+        return self._new_episode(slots)
+
+    def rows(self, number: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+        """Rows (T, ...) of an episode."""
+        slots = torch.from_numpy(np.array(self.episodes[number][start:stop], np.int64))
+        return {key: values[slots.to(values.device)].cpu().numpy() for key, values in self.storage.items()}
+
     def end(self, env: int) -> None:
         """Mark the running episode of `env` as complete and evict old ones. Implied by the next `is_first`."""
-        if self.open.pop(env, None) is not None:
+        if (number := self.open.pop(env, None)) is not None:
+            if self.smoothing != "none":
+                reward = self.storage["reward"]
+                slots = torch.tensor(self.episodes[number], device=reward.device)
+                smooth = smooth_rewards(reward[slots].cpu().numpy(), self.smoothing)
+                reward[slots] = torch.from_numpy(smooth).to(reward)
             self._evict()
 
     def discard(self, env: int) -> None:
@@ -1127,12 +1159,14 @@ class Replay:
 
     def _draw(self) -> tuple[np.ndarray, np.ndarray]:
         """Slots (B,T) of a batch, and a mask (B,T) of where pieces of episodes start."""
-        episodes = list(self.episodes.values())
+        running = set() if self.smoothing == "none" else set(self.open.values())
+        episodes = [slots for number, slots in self.episodes.items() if number not in running]
         rows = np.fromiter(map(len, episodes), np.int64, len(episodes))
         # Zero weight for episodes of one row is equivalent to redrawing when one comes up.
         ends = np.cumsum(np.where(rows < 2, 0, rows))
         if not len(ends) or not ends[-1]:
-            raise UserError("replay holds no transition yet: --prefill must be at least as large as --envs")
+            until = "as --envs" if self.smoothing == "none" else "as the first episodes are long"
+            raise UserError(f"replay holds nothing to sample yet: --prefill must be at least as large {until}")
         index = np.empty((self.batch_size, self.batch_length), np.int64)
         starts = np.zeros((self.batch_size, self.batch_length), bool)
         for b in range(self.batch_size):
@@ -1207,9 +1241,7 @@ class Replay:
                 files[file] = self._read(Path(folder) / file, needed[file], kinds)
                 kinds = kinds or {key: describe_rows(values) for key, values in files[file].items()}
             if rows := {key: values[start : start + length] for key, values in files[file].items()}:
-                slots = array("q", (self._take_slot() for _ in range(length)))
-                self._store(slots, rows)
-                number = self._new_episode(slots)
+                number = self.extend(rows)
                 if i in envs:
                     self.open[envs[i]] = number
                 else:

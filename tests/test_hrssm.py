@@ -70,6 +70,61 @@ def test_bad_mask_options(option):
         hrssm.CubeMask(64, 64, **({"patch": 10, "block": 4, "ratio": 0.5} | option))
 
 
+def guided(ratio, by="motion"):
+    return hrssm.GuidedMask(12, 12, patch=4, block=2, ratio=ratio, by=by)
+
+
+def test_guided_masks_hide_as_many_cells_in_whole_cubes():
+    mask = guided(0.5).draw_by(torch.rand(3, 5, 12, 12))
+    cells = mask[:, ::4, ::4]
+    assert torch.equal(mask, cells.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert cells.flatten(1).sum(1).tolist() == [4] * 5
+    assert torch.equal(mask[0], mask[1]) and torch.equal(mask[2], mask[3])
+
+
+def test_guided_masks_draw_in_proportion_to_relevance():
+    """One of nine cells is hidden; its frequency over 4000 masks is its share of the relevance (5 sigma)."""
+    torch.manual_seed(0)
+    share = torch.arange(1.0, 10.0) / 45
+    relevance = share.reshape(3, 3).repeat_interleave(4, 0).repeat_interleave(4, 1).expand(2, 4000, 12, 12)
+    drawn = guided(0.12).draw_by(relevance)[::2, ::4, ::4].flatten(1).float()
+    assert (drawn.sum(1) == 1).all()
+    expected = (share + 1e-3 / 9) / (1 + 1e-3)
+    assert ((drawn.mean(0) - expected).abs() < 5 * (expected * (1 - expected) / 2000).sqrt()).all()
+    # and if nothing is relevant, evenly
+    even = guided(0.12).draw_by(torch.zeros(1, 4000, 12, 12))[::2, ::4, ::4].flatten(1).float().mean(0)
+    assert ((even - 1 / 9).abs() < 5 * math.sqrt(8 / 81 / 2000)).all()
+
+
+def test_what_is_relevant():
+    image, first = torch.rand(2, 4, 6, 6, 3), torch.zeros(2, 4, dtype=torch.bool)
+    first[0, 2] = True
+    moved = hrssm.motion(image, first)
+    assert not moved[:, 0].any() and not moved[0, 2].any()
+    torch.testing.assert_close(moved[1, 2], (image[1, 2] - image[1, 1]).abs().mean(-1))
+    weight = torch.randn(6, 6, 3)
+    found = hrssm.influence(image, lambda x: (x * weight).sum())
+    torch.testing.assert_close(found, weight.abs().sum(-1).expand(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("by", ["motion", "reward", "value"])
+def test_agents_draw_masks_by_relevance(by):
+    """What moves is hidden first; with reward and value, masks come from gradients that leave no trace in the agent."""
+    agent, batch = make_agent("--mask_by", by, mask_ratio=0.03), make_batch()
+    batch["image"][:] = 90
+    batch["image"][:, 1::2, 20:30, 40:50] = 200
+    if by != "motion":  # both heads begin as constants
+        head = agent.world_model.reward_head if by == "reward" else agent.actor_critic.critic
+        torch.nn.init.normal_(head.out.weight)
+    mask = agent.draw_mask(batch)
+    assert mask.shape == (8, 64, 64) and mask.any((1, 2)).all()
+    assert all(p.grad is None for p in agent.parameters())
+    if by == "motion":
+        assert mask[:, 24, 44].all()
+    agent.update(batch)
+    assert make_agent().draw_mask(batch) is None
+
+
 def test_hidden_pixels_are_mid_grey_and_the_rest_is_untouched():
     agent, batch = make_agent(), make_batch()
     hybrid = agent.world_model.representation

@@ -489,3 +489,61 @@ def test_batches_drawn_ahead_are_the_same():
     ahead, one_by_one = run(True), run(False)
     assert len(ahead) == 6
     assert all(torch.equal(a, b) for a, b in zip(ahead, one_by_one, strict=True))
+
+
+# --- smoothed rewards -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rewards=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=40), kind=st.sampled_from(["gaussian", "ema"])
+)
+def test_smoothing_is_the_weighted_mean_it_says(rewards, kind):
+    rewards = np.array(rewards, np.float32)
+    steps = np.arange(len(rewards))
+    if kind == "ema":
+        expected = [rewards[0]]
+        for reward in rewards[1:]:
+            expected.append(0.33 * expected[-1] + 0.67 * reward)
+    else:
+        offsets = np.arange(-12, 13)
+        weights = np.exp(-0.5 * (offsets / 3) ** 2)
+        seen = rewards[np.clip(steps[:, None] + offsets, 0, len(rewards) - 1)]
+        expected = seen @ weights / weights.sum()
+    np.testing.assert_allclose(tools.smooth_rewards(rewards, kind), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "ema"])
+def test_with_smoothing_only_ended_episodes_are_sampled_and_their_rewards_are_filtered(kind, tmp_path):
+    replay = make(num_envs=2)
+    replay.smoothing = kind
+    env, other = CountingEnv(0, [9, 12]), CountingEnv(1, [30])
+    for _ in range(9 + 1 + 5):
+        step(replay, [env, other])
+    # the second episode of `env` and the only one of `other` are running
+    batches = [replay.sample() for _ in range(20)]
+    assert {int(label) for batch in batches for label in batch["count"][..., 1].flatten()} == {0}
+    raw = 0.5 * np.arange(10, dtype=np.float32)
+    smooth = tools.smooth_rewards(raw, kind)
+    for batch in batches:
+        np.testing.assert_array_equal(batch["reward"], smooth[batch["count"][..., 0].long()])
+    # running episodes keep their rewards until they end, also over a stop
+    again = make(num_envs=2)
+    again.smoothing = kind
+    again.load(tmp_path, replay.save(tmp_path))
+    for one in (replay, again):
+        one.end(1)
+    assert all(torch.equal(a, b) for a, b in zip(replay.sample().values(), again.sample().values(), strict=True))
+    rewards = [again.storage["reward"].numpy()[np.array(slots)] for slots in again.episodes.values()]
+    np.testing.assert_array_equal(rewards[0], smooth)
+    np.testing.assert_array_equal(rewards[1], tools.smooth_rewards(0.5 * np.arange(15, dtype=np.float32), kind))
+    np.testing.assert_array_equal(rewards[2], raw[:5])
+
+
+def test_smoothing_without_an_ended_episode_says_what_to_do():
+    replay = make()
+    replay.smoothing = "ema"
+    step(replay, [env := CountingEnv(0, [5])])
+    step(replay, [env])
+    with pytest.raises(tools.UserError, match="--prefill must be at least as large as the first episodes are long"):
+        replay.sample()

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# The study of figures/results: every run, table and picture of it. Running the same command again skips what is
+# finished and resumes what was interrupted.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+usage: setup/study.sh --out DIR [--clips GLOB] [--seeds 0,1,2] [--tasks A,B] [--methods X,Y] [--jobs N] [--status] [PART ...]
+
+  data            agents that see vectors play with video behind the robot; their replay is what world models learn from
+  representation  world models alone learn from these pictures, with every method
+  control         agents learn from pictures alone, with video and without
+  masks           HRSSM with other shares and other kinds of masks
+  sparse          sparse rewards, with Plan2Explore and with smoothed rewards
+  measure         robustness of all world models, on clips that training did not show
+  tables          collects all runs into figures/results/study_*.csv and draws them
+
+  All parts in this order by default; seeds are the outermost loop, so that an unfinished study is balanced.
+  --clips   background videos (default: those of video_hard, python setup/download.py dmcgs); a fifth is held out
+  --tasks, --methods  only these of a part
+  --status  how much of each part is finished, here or in figures/results
+END
+}
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+{
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
+out='' seeds=0,1,2 tasks='' methods='' jobs=1 status='' parts=()
+clips=${HRSSM_ASSETS:-$HOME/.cache/hrssm}/dmcgs/video_hard/*.mp4
+all=(data representation control masks sparse measure tables)
+while [ $# -gt 0 ]; do
+  case $1 in
+  -h | --help) usage && exit ;;
+  --status) status=1 && shift && continue ;;
+  --out | --clips | --seeds | --tasks | --methods | --jobs)
+    [ $# -gt 1 ] || die "$1 needs a value"
+    printf -v "${1#--}" %s "$2" && shift 2
+    ;;
+  data | representation | control | masks | sparse | measure | tables) parts+=("$1") && shift ;;
+  *) die "unknown argument $1: see setup/study.sh --help" ;;
+  esac
+done
+[ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
+[ -n "$out" ] || [ -n "$status" ] || die "--out is missing: name the folder for all runs"
+[[ $seeds =~ ^(0|[1-9][0-9]*)(,(0|[1-9][0-9]*))*$ ]] || die "--seeds takes numbers such as 0,1,2, not '$seeds'"
+video=(--resource_files "$clips" --holdout_clips 0.2)
+repo=repo+beta_init=0.1+beta_lr=0.01
+
+# The tasks and methods of a part, one per line.
+only() { if [ -n "$1" ]; then grep -Fx "${1//,/$'\n'}" || true; else cat; fi; }
+tasks_of() { all_tasks_of "$1" | tr , '\n' | only "$tasks"; }
+methods_of() { all_methods_of "$1" | tr , '\n' | only "$methods"; }
+all_tasks_of() {
+  case $1 in
+  data | representation) echo dmc_cartpole_balance_video,dmc_walker_stand_video,dmc_cheetah_run_video ;;
+  control)
+    echo dmc_walker_stand_video,dmc_walker_stand,dmc_cartpole_balance_video,dmc_cartpole_balance,dmc_finger_spin_video,dmc_finger_spin
+    ;;
+  masks) echo dmc_walker_stand_video ;;
+  sparse) echo dmc_ball_in_cup_catch ;;
+  esac
+}
+all_methods_of() {
+  case $1 in
+  data) echo full ;;
+  representation) echo "hrssm,dreamer,rssm,neither,nomlr,nosimsr,$repo,r2dreamer,mask_by=motion,mask_by=reward" ;;
+  control) echo hrssm,dreamer,rssm,neither ;;
+  masks) echo mask_ratio=0.3,mask_ratio=0.7,mask_by=motion,mask_by=reward,mask_by=value ;;
+  sparse) echo hrssm,reward_smoothing=gaussian,expl_behavior=plan2explore+expl_extr_scale=1.0 ;;
+  esac
+}
+seeds_of() { if [ "$1" = data ]; then echo 0; else echo "$seeds"; fi; }
+
+# The options of a part's runs on a task.
+options_of() {
+  case $1 in
+  data) printf '%s\n' --configs=tiny --steps=24000 "${video[@]}" ;;
+  representation)
+    printf '%s\n' --configs=small --action_repeat=4 --steps=1500 --eval_every=500 --log_every=100 \
+      "--offline_traindir=$out/data/$2/full/0/replay" "${video[@]}"
+    ;;
+  control | masks) printf '%s\n' --configs=small --final_episodes=20 "${video[@]}" ;;
+  sparse) printf '%s\n' --configs=small --final_episodes=20 --steps=80000 ;;
+  esac
+}
+
+# Runs one seed of a part, task by task.
+sweep() {
+  local task options chosen
+  chosen=$(methods_of "$1" | paste -sd,)
+  [ -n "$chosen" ] || return 0
+  for task in $(tasks_of "$1"); do
+    mapfile -t options <<<"$(options_of "$1" "$task")"
+    [[ $task = *_video || $1 = sparse ]] || options=("${options[@]:0:2}")
+    "$root/setup/sweep.sh" --logdir "$out/$1" --tasks "$task" --methods "$chosen" --seeds "$2" --jobs "$jobs" \
+      -- "${options[@]}"
+  done
+}
+
+if [ -n "$status" ]; then
+  results=$root/figures/results/study_runs.csv
+  printf '%-16s %10s %10s\n' part finished runs
+  for part in "${all[@]:0:5}"; do
+    finished=0 total=0
+    for task in $(tasks_of "$part"); do
+      for method in $(methods_of "$part"); do
+        for seed in $(seeds_of "$part" | tr , ' '); do
+          total=$((total + 1))
+          if [ -e "$out/$part/$task/$method/$seed/sweep.done" ] || grep -qs "^$part,$task,$method,$seed,"  "$results"; then
+            finished=$((finished + 1))
+          fi
+        done
+      done
+    done
+    printf '%-16s %10s %10s\n' "$part" "$finished" "$total"
+  done
+  exit
+fi
+
+python -c '' 2>/dev/null || die "no python: put setup/run.sh before this command"
+IFS=, read -ra all_seeds <<<"$seeds"
+for seed in "${all_seeds[@]}"; do
+  for part in "${parts[@]}"; do
+    case $part in
+    measure | tables) ;;
+    data) sweep data 0 ;;
+    *) sweep "$part" "$seed" ;;
+    esac
+  done
+done
+for part in "${parts[@]}"; do
+  case $part in
+  measure) python "$root/figures/study.py" "$out" --measure --clips "$clips" ;;
+  tables) python "$root/figures/study.py" "$out" ;;
+  esac
+done
+exit
+}
