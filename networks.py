@@ -26,7 +26,7 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 def draw_onehot(probs: Tensor) -> Tensor:
-    """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync."""
+    """One one-hot draw per row of `probs` (..., K), of sum 1, by inverting their cumulative sum. No host sync."""
     index = (probs.cumsum(-1)[..., :-1] <= torch.rand_like(probs[..., :1])).sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
@@ -925,7 +925,8 @@ class RSSM(nn.Module):
                 posts.append(state)
             post = stack_states(posts, 1)
         if by_hand:
-            post = State(*FilterGradient.apply(self, is_first, *post, *parts, *initial[:2], *self.parameters()))
+            trained = (p for p in self.parameters() if p.requires_grad)
+            post = State(*FilterGradient.apply(self, is_first, *post, *parts, *initial[:2], *trained))
         if self.shared:
             action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
@@ -1042,7 +1043,7 @@ def norm_by_step(layer: nn.LayerNorm, x: Tensor, keep: float | Tensor = 1.0) -> 
 class FilterGradient(torch.autograd.Function):
     """Backward pass of `RSSM.observe` at the default structure, for a posterior that was filtered without gradients.
 
-    Only what a step hands to the one before is computed step by step, in 12 operations where autograd takes 45. The
+    Only what a step hands to the one before is computed step by step, in 12 operations where autograd takes 47. The
     rest, all gradients of parameters included, is left to autograd on one step of all states side by side.
     """
 
@@ -1080,12 +1081,8 @@ class FilterGradient(torch.autograd.Function):
             (slopes,) = torch.autograd.grad(deter, gates, torch.ones_like(deter), retain_graph=True)
         # h' by h, at the same gates
         kept = torch.sigmoid(1.0 - gates.detach()[..., 2 * rssm.deter :]) * goes_on
-        x, out, probs, slopes = (
-            x.detach(),
-            out.detach(),
-            softmax(post[2]).transpose(0, 1),
-            slopes.unflatten(-1, (3, -1)),
-        )
+        probs, slopes = softmax(post[2]).transpose(0, 1), slopes.unflatten(-1, (3, -1))
+        x, out = x.detach(), out.detach()
         precision = ctx.autocast[1] if ctx.autocast[2] else deter.dtype
         stoch_w, gru_w, deter_w, post_w = (weight.to(precision) for weight in rssm._step_weights())
         # What later losses send to each step, before products where it can be
