@@ -16,6 +16,7 @@ from setup import console  # first: before what takes seconds to import
 import copy
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -41,6 +42,8 @@ import models
 import networks
 import tools
 from envs import paired
+from envs import record as recorder
+from envs.episodes import next_number, write_episode
 from exploration import Carry, Rollout
 from setup.tensor_names import current_names, upstream_names
 
@@ -114,6 +117,8 @@ class Agent(nn.Module):
     def optimizers(self) -> dict[str, tools.Optimizer]:
         optimizers = {"model": self.world_model.optimizer}
         optimizers |= {"actor": self.actor_critic.actor_optimizer, "value": self.actor_critic.value_optimizer}
+        if self.world_model.autoencoder is not None:
+            optimizers["ae"] = self.world_model.autoencoder.optimizer
         if isinstance(self.world_model.kl_term, models.KLConstraint):
             optimizers["beta"] = self.world_model.kl_term.optimizer
         if isinstance(self.explorer, exploration.Plan2Explore):
@@ -157,13 +162,18 @@ class Agent(nn.Module):
             return networks.draw_onehot(amount / self.actions + (1.0 - amount) * action)
         return (action + amount * networks.draw_normal(action)).clamp(-1.0, 1.0)
 
-    def update(self, batch: dict[str, Tensor], mask: Tensor | None = None, behavior: bool = True) -> dict[str, Tensor]:
+    def update(
+        self, batch: dict[str, Tensor], mask: Tensor | None = None, behavior: bool = True, codes: bool = True
+    ) -> dict[str, Tensor]:
         """One update of everything from a batch (B,T,*) of replay: world model, probe, actor, critic, exploration.
 
-        `mask` (T,H,W) bool replaces HRSSM's random cube mask; without `behavior` the world model learns alone. Only
-        tensors are read and written, always the same ones, so it can be recorded.
+        `mask` (T,H,W) bool replaces HRSSM's random cube mask; without `behavior` the world model learns alone, and
+        without `codes` the autoencoder rests. Only tensors are read and written, always the same ones, so it can be
+        recorded.
         """
+        first = self.update_autoencoder(batch) if codes else {}
         filtered, metrics = self.world_model.update(batch, self.draw_mask(batch) if mask is None else mask)
+        metrics |= first
         if self.probe is not None:
             metrics |= self.probe.update(self.world_model, batch, filtered.start)
         if not behavior:
@@ -173,6 +183,11 @@ class Agent(nn.Module):
             exploring = self.explorer.update(self.world_model, filtered, batch["action"].to(filtered.embed))
             metrics |= {f"expl_{key}": value for key, value in exploring.items()}
         return metrics
+
+    def update_autoencoder(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One step of the autoencoder, if there is one, on frames of a batch (B,T,*)."""
+        autoencoder = self.world_model.autoencoder
+        return {} if autoencoder is None else autoencoder.update(self.world_model.pixels(batch["image"]))
 
     def draw_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
         """The cube mask (T,H,W) of a batch with `--mask_by` motion, reward or value; None: HRSSM draws its own."""
@@ -257,8 +272,21 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
         return {"lr": lr, "eps": eps, "clip": clip, "weight_decay": config.weight_decay, "opt": config.opt}
 
     model_optimizer = optimizer(config.model_lr, config.opt_eps, config.grad_clip)
-    encoder = networks.Encoder(shapes, **config.encoder)
-    dynamics = networks.RSSM(actions=actions, embed=encoder.outdim, **tools.options_of(networks.RSSM, config, "dyn"))
+    regime, autoencoder = getattr(config, "autoencoder", "none"), None
+    if regime != "none" and "image" not in shapes:
+        raise ValueError(f"--autoencoder {regime} needs pictures, there are: {', '.join(shapes)}")
+    observed = {}
+    if regime in ("external", "frozen"):
+        if make_representation is models.Reconstruction:
+            raise ValueError(f"--method dreamer decodes pictures itself: use --method rssm with --autoencoder {regime}")
+        ae_optimizer = model_optimizer | {"lr": config.ae_lr}
+        options = tools.options_of(models.Autoencoder, config)
+        autoencoder = models.Autoencoder(shapes["image"], bf16=bf16, optimizer=ae_optimizer, **options)
+        # Vectors that the user chose stay; of pictures there is the code alone.
+        shapes |= {"code": (config.ae_code,)}
+        observed = {"cnn_keys": "$^", "mlp_keys": f"code$|{config.encoder['mlp_keys']}"}
+    encoder = networks.Encoder(shapes, **config.encoder | observed)
+    dynamics = make_dynamics(config, actions, encoder.outdim)
     options = tools.options_of(make_representation, config)
     for ablation in ("nomlr", "nosimsr"):
         if ablation not in options and getattr(config, ablation, False):
@@ -281,6 +309,12 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
             **tools.options_of(models.ActorCritic, config),
         )
 
+    decoder = None
+    if regime != "none" and make_representation is not models.Reconstruction:
+        key = "image" if regime == "internal" else "code"
+        keys = {"cnn_keys": "image$", "mlp_keys": "code$"}
+        decoder = networks.Decoder(dynamics.feat_size, {key: shapes[key]}, **config.decoder | keys)
+    options = tools.options_of(models.WorldModel, config) | {"decoder": decoder, "autoencoder": autoencoder}
     world_model = models.WorldModel(
         representation,
         make_kl_term(**tools.options_of(make_kl_term, config)),
@@ -288,7 +322,8 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
         scalar_head("cont", "binary", 1.0),
         bf16=bf16,
         optimizer=model_optimizer,
-        **tools.options_of(models.WorldModel, config),
+        frozen=regime == "frozen",
+        **options,
     )
     task_behavior, explorer, probe = actor_critic(), None, None
     if config.expl_behavior == "random":
@@ -306,9 +341,20 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
     if config.video_pred_log:
         # Initialising the probe must not change the random draws of the run.
         with torch.random.fork_rng(devices=[]):
-            probe = models.Probe(networks.Decoder(dynamics.feat_size, shapes, **config.decoder), model_optimizer)
+            drawn = {key: shape for key, shape in shapes.items() if key != "code"}
+            probe = models.Probe(networks.Decoder(dynamics.feat_size, drawn, **config.decoder), model_optimizer)
     options = tools.options_of(Agent, config) | {"expl_until": config.expl_until // config.action_repeat}
     return Agent(world_model, task_behavior, explorer, probe, actions=actions, discrete=discrete, **options)
+
+
+def make_dynamics(config, actions: int, embed: int) -> networks.RSSM:
+    """`--dynamics`; options of the RSSM that no TSSM has are refused by it or have no effect on it."""
+    options = {"actions": actions, "embed": embed} | tools.options_of(networks.RSSM, config, "dyn")
+    if getattr(config, "dynamics", "rssm") == "rssm":  # absent from configurations older than the option
+        return networks.RSSM(**options)
+    options |= tools.options_of(networks.TSSM, config, "tssm")
+    # A batch has no longer distances, so their biases would never be trained.
+    return networks.TSSM(**options | {"window": min(config.tssm_window, config.batch_length)})
 
 
 def load_agent(agent: Agent, state: dict) -> None:
@@ -476,11 +522,17 @@ def distracted_tasks(config) -> dict[str, str]:
 
 
 def measure_robustness(agent: Agent, config) -> dict[str, float]:
-    """`robustness/<variant>/...` on each distracted task of the run. Takes no random numbers from the run."""
+    """`robustness/<variant>/...` on each distracted task of the run, and on its held-out clips apart.
+
+    The measures of figures/robustness.py, without intervals. Takes no random numbers from the run.
+    """
     metrics, options = {}, env_options(config) | {"clean_image": False}
     for variant, task in distracted_tasks(config).items():
-        values = models.measure_robustness(agent.world_model, agent.actor_critic, *paired.render(task, options))
-        metrics |= {f"robustness/{variant}/{name}": values[name] for name in models.ROBUSTNESS}
+        for clips in ("seen", "unseen") if envs.has_unseen(task, **options) else ("",):
+            episodes = paired.render(task, options | {"unseen": clips == "unseen"})
+            found = models.diagnose(agent.world_model, agent.actor_critic, *episodes)
+            prefix = "/".join(filter(None, ["robustness", variant, clips]))
+            metrics |= {f"{prefix}/{name}": estimate.value for name, estimate in found.items()}
     return metrics
 
 
@@ -584,15 +636,59 @@ class Player:
 def load(logdir: str | Path, device: str = "cpu", **options) -> Player:
     """The agent of a run, with its environment. `options` replace those of the run. Raises UserError."""
     config = tools.run_config(logdir)
-    vars(config).update(options)
-    checkpoint = tools.load_checkpoint(Path(logdir).expanduser() / "latest.pt", device)
-    if checkpoint is None:
-        raise tools.UserError(f"{logdir} holds no checkpoint")
+    vars(config).update(options | {"logdir": str(logdir), "init_from": None})
+    return make_player(config, device)
+
+
+def make_player(config, device: torch.device | str) -> Player:
+    """The weights of `--logdir` or `--init_from`, and an environment of `--task`. Raises UserError."""
+    path = Path(config.logdir or "").expanduser() / "latest.pt"
+    checkpoint = None if config.init_from else tools.load_checkpoint(path, device)
+    if checkpoint is None and not config.init_from:
+        raise tools.UserError(f"{config.logdir} holds no checkpoint")
     env = envs.make(config.task, **env_options(config), seed=config.seed)
     agent = make_agent(config, env.observation_space, env.action_space, device)  # type: ignore[arg-type]
-    with tools.reading(f"{logdir}/latest.pt does not fit these options", "leave them out"):
-        load_agent(agent, checkpoint["agent"])
+    if checkpoint:
+        with tools.reading(f"{path} does not fit these options", "leave them out"):
+            load_agent(agent, checkpoint["agent"])
+    else:
+        load_weights(agent, config.init_from)
     return Player(agent, env)
+
+
+def record(config, device: torch.device) -> int:
+    """`--record`: play episodes of `--task` and write them as the next ones of that folder. Returns the exit code.
+
+    The number of an episode decides its seed, so that it does not matter how many calls write them.
+    """
+    folder, name, heartbeat, returns = Path(config.record).expanduser(), config.record_policy, tools.Heartbeat(), []
+    player = make_player(config, device) if name == "agent" else None
+    env = player.env if player else envs.make(config.task, **env_options(config), seed=config.seed)
+    first = next_number(folder)
+    stream = (config.seed, envs.STREAMS.index("record"))
+    seeds = (int(np.random.SeedSequence((*stream, k)).generate_state(1)[0]) for k in itertools.count(first))
+
+    def agent(seed: int) -> recorder.Policy:
+        torch.manual_seed(seed)
+        player.reset()
+        return player.act
+
+    if name.startswith("minari:"):
+        played = recorder.from_minari(name.removeprefix("minari:"), env)
+    else:
+        begin = agent if player else recorder.make_policy(name, env, config.task)
+        played = (recorder.play(env, begin(seed), seed) for seed in seeds)
+    for rows in itertools.islice(played, config.record_episodes):
+        with tools.writing(folder):
+            write_episode(folder, rows)
+        returns.append(rows["reward"].sum())
+        if heartbeat.due():
+            print(f"{len(returns)} of {config.record_episodes} episodes, return {np.mean(returns):.1f}", flush=True)
+    env.close()
+    print(
+        f"{folder}: {len(returns)} episodes from number {first}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
+    )
+    return 0
 
 
 def final_evaluation(
@@ -683,6 +779,8 @@ class Learner:
         self.logger = logger
         self.actor_start = config.actor_start
         self.pretrain = config.pretrain
+        self.ae_pretrain = config.ae_pretrain
+        self.ae_until = tools.Until(config.ae_until)
         self.undo = config.on_nan == "skip"
         self.should_train = tools.Every(config.batch_size * config.batch_length / config.train_ratio)
         self.should_pretrain = tools.Once()
@@ -701,9 +799,12 @@ class Learner:
 
         In `offline` training every update is a step.
         """
+        if self.agent.world_model.autoencoder is not None and not self.pretrain_autoencoder(stopped):
+            return False
         for batch in self.replay.batches(self.owed):
             before = copy.deepcopy(self.state_dict()) if self.undo else None
-            metrics = add_prefixes(self.agent.update(batch, behavior=self.updates >= self.actor_start))
+            which = {"behavior": self.updates >= self.actor_start, "codes": self.ae_until(self.updates)}
+            metrics = add_prefixes(self.agent.update(batch, **which))
             self.updates += 1
             self.owed -= 1
             step = self.updates if offline else step
@@ -724,6 +825,15 @@ class Learner:
             if stopped():
                 break
         return not self.owed
+
+    def pretrain_autoencoder(self, stopped: Callable[[], bool]) -> bool:
+        """Its first `ae_pretrain` updates; false if `stopped()` ended them early."""
+        done = int(self.agent.world_model.autoencoder.updates)
+        for batch in self.replay.batches(max(0, self.ae_pretrain - done)):
+            self.logger.scalars(add_prefixes(self.agent.update_autoencoder(batch)))
+            if stopped():
+                return False
+        return True
 
     def check(self) -> None:
         """Raise UserError for the first unchecked update that is not finite, and keep its batch in the run's folder."""
@@ -1066,9 +1176,7 @@ class OfflineRun:
         if self.new:
             tools.check_checkpoint_lost(logdir)
         self.logged = exploration.load_logged(config, device)
-        observed, actions = self.logged.spaces, self.logged.replay.storage["action"].shape[-1]
-        discrete = config.actor_dist == "onehot"
-        act_space = gymnasium.spaces.Discrete(actions) if discrete else gymnasium.spaces.Box(-1.0, 1.0, (actions,))
+        observed, act_space = self.logged.spaces, self.logged.act_space
         self.eval_envs = {}
         if acts(config) and config.eval_episode_num:
             self.eval_envs = {name: make_eval_envs(config, task) for name, task in evaluations(config).items()}
@@ -1130,7 +1238,7 @@ class OfflineRun:
         rng, played = tools.rng_state(), {}
         for name, vec in self.eval_envs.items():
             played[name], _ = evaluate(self.agent, vec, self.config.eval_episode_num, stopped)
-        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config.offline_state)
+        metrics, curves, frames = measure_offline(self.agent, self.logged, self.config)
         if stopped():
             tools.set_rng_state(rng)
             return False
@@ -1190,26 +1298,46 @@ class OfflineRun:
             self.logger.close()
 
 
-def measure_offline(agent: Agent, logged: exploration.Logged, state: str) -> tuple[dict, dict, np.ndarray | None]:
+def first_window(held_out: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Rows (1,T,...) of the first held-out episode that is long enough."""
+    rows = next(rows for rows in held_out if len(rows["action"]) > models.CONTEXT)
+    return {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
+
+
+def measure_held_out(
+    agent: Agent, logged: exploration.Logged, state: str = "", rule: str = ""
+) -> dict[str, np.ndarray]:
+    """`models.measure_windows` with what the agent draws with, on the pictures that this reproduces."""
+    draw, target = agent.painter
+    target = target if target in logged.held_out[0] else "image"
+    part, background = (models.colour_rule(rule), logged.background(target)) if rule else (None, None)
+    mean = logged.mean_frames.get(target)
+    return models.measure_windows(agent.world_model, draw, logged.held_out, mean, target, state, part, background)
+
+
+def open_loop_logged(agent: Agent, logged: exploration.Logged) -> np.ndarray:
+    """Open-loop video (T,3H,W,C) of the first window of the held-out episodes."""
+    draw, target = agent.painter
+    rows = next(rows for rows in logged.held_out if len(rows["action"]) > models.CONTEXT)
+    batch = {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
+    target = target if target in rows else "image"
+    return models.open_loop_video(agent.world_model, draw, batch, target)[0].cpu().numpy()
+
+
+def measure_offline(agent: Agent, logged: exploration.Logged, config) -> tuple[dict, dict, np.ndarray | None]:
     """Metrics on held-out episodes, error curves (horizons,), and the open-loop video (T,3H,W,C) of the first."""
+    state = config.offline_state
     if state and state not in logged.held_out[0]:
         raise tools.UserError(f"--offline_state {state}: the episodes hold {', '.join(logged.held_out[0])}")
-    world_model, (draw, target), frames = agent.world_model, agent.painter, None
-    measure = functools.partial(models.measure_windows, world_model, state=state)
-    target = target if target in logged.held_out[0] else "image"
-    found = measure(draw, logged.held_out, logged.mean_frames.get(target), target)
+    found = measure_held_out(agent, logged, state, config.offline_object)
     metrics, curves = models.summarise_windows(found)
-    if draw:
-        length = models.CONTEXT + models.HORIZON
-        rows = next(rows for rows in logged.held_out if len(rows["action"]) > models.CONTEXT)
-        batch = {key: torch.as_tensor(values[None, :length]) for key, values in rows.items()}
-        frames = models.open_loop_video(world_model, draw, batch, target)[0].cpu().numpy()
     if state:
         numbers = list(logged.replay.episodes)
         chosen = np.linspace(0, len(numbers) - 1, min(16, len(numbers))).astype(int)
-        train = measure(None, [logged.replay.rows(numbers[i]) for i in chosen])
+        rows = [logged.replay.rows(numbers[i]) for i in chosen]
+        train = models.measure_windows(agent.world_model, None, rows, state=state)
         metrics |= {f"state_r2_{h}": value for h, value in models.readout_r2(train, found).items()}
-    return metrics, curves, frames
+    return metrics, curves, open_loop_logged(agent, logged) if agent.painter[0] else None
 
 
 def train_offline(run: OfflineRun, stopped: Callable[[], bool]) -> None:
@@ -1250,15 +1378,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def warn_idle_options(method: str, argv: list[str]) -> None:
-    """Warn of flags that only other methods read."""
+def warn_idle_options(method: str, argv: list[str], decodes: bool = False, dynamics: str = "rssm") -> None:
+    """Warn of flags that only other methods or dynamics read; with `decodes` there is a decoder beside the method."""
     read = {
         name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
     }
     idle = set().union(*read.values()) - read[method] - {"task", "decoder", "nomlr", "nosimsr"}
+    idle -= {"decoder_scale"} if decodes else set()
     for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
         if option in idle:
             tools.warn(f"--{option} has no effect with --method {method}")
+        if option in ("dyn_cell", "dyn_temp_post") if dynamics == "tssm" else option.startswith("tssm_"):
+            tools.warn(f"--{option} has no effect with --dynamics {dynamics}")
 
 
 def acts(config) -> bool:
@@ -1281,7 +1412,7 @@ def check_tasks(config) -> None:
 
 def prepare(config) -> torch.device:
     """Check what can be checked before workers start, and set up torch."""
-    if not config.logdir:
+    if not (config.logdir or (config.record and (config.init_from or config.record_policy != "agent"))):
         raise tools.UserError("--logdir is missing: say where the run is kept, for example --logdir ./log")
     device = pick_device(config.device)
     if device.type == "cuda" and (config.device.startswith("cuda:") or "LOCAL_RANK" in os.environ):
@@ -1346,8 +1477,10 @@ def main(argv: list[str] | None = None) -> int:
         config = tools.load_config(argv)
         if config.eval_only:
             use_trained_task(config)
-        warn_idle_options(config.method, argv)
+        warn_idle_options(config.method, argv, config.autoencoder != "none", config.dynamics)
         device = prepare(config)
+        if config.record:
+            return record(config, device)
         if config.eval_only:
             return evaluate_only(config, Path(config.logdir).expanduser(), device)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

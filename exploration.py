@@ -19,7 +19,7 @@ import tools
 from envs.episodes import File, find_files, hold_out, load_episodes
 from envs.vector import FLAGS
 from models import ActorCritic, WorldModel, autocast, frozen
-from networks import MLP, Filtered, OneHot, State, bound_action
+from networks import MLP, Filtered, Memory, OneHot, State, bound_action
 
 
 class Uniform:
@@ -142,11 +142,12 @@ class Carry(NamedTuple):
     action: Tensor
 
     def tensors(self) -> list[Tensor]:
-        return [*self.state, self.action]
+        return [*self.state[:3], *(self.state.memory or ()), self.action]
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> "Carry":
-        return cls(State(*tensors[:-1]), tensors[-1])
+        deter, stoch, logit, *memory, action = tensors
+        return cls(State(deter, stoch, logit, Memory(*memory) if memory else None), action)
 
 
 class Episode(NamedTuple):
@@ -221,6 +222,17 @@ class Logged(NamedTuple):
     files: list[list]
     mean_frames: dict[str, Tensor]  # (H,W,C) in [0, 1] of each picture, over the training episodes
     rewarded: bool
+    discrete: bool
+
+    def background(self, key: str) -> Tensor:
+        """Median (H,W,C) in [0, 1] of about 200 frames of the training episodes."""
+        frames = self.replay.storage[key][: len(self.replay)]
+        return frames[:: max(1, len(frames) // 200)].cpu().double().median(0).values / 255.0
+
+    @property
+    def act_space(self) -> gymnasium.Space:
+        actions = self.replay.storage["action"].shape[-1]
+        return gymnasium.spaces.Discrete(actions) if self.discrete else gymnasium.spaces.Box(-1.0, 1.0, (actions,))
 
     @property
     def spaces(self) -> gymnasium.spaces.Dict:
@@ -238,7 +250,7 @@ class Logged(NamedTuple):
 def load_logged(config, device: torch.device | str = "cpu") -> Logged:
     """The episodes of `--offline_traindir` and `--offline_evaldir`, file by file into replay. Raises EnvError."""
     started, options = time.monotonic(), {"actions": config.offline_actions, "size": tuple(config.size)}
-    options["discrete"] = config.actor_dist == "onehot"
+    options["discrete"] = discrete = config.actor_dist == "onehot"
     files = find_files(config.offline_traindir, config.dataset_size)
     pieces = sum(len(file.pieces) for file in files)
     drawn = set() if config.offline_evaldir else hold_out(pieces, config.seed)
@@ -263,6 +275,8 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
         if number in drawn:
             held_out.append(rows)
             continue
+        if config.reward_smoothing != "none":
+            rows["reward"] = tools.smooth_rewards(rows["reward"], config.reward_smoothing)
         replay.extend(rows)
         for key, values in rows.items():
             if values.dtype == np.uint8:
@@ -284,7 +298,7 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
     )
     listed = [[f"{use} {path.name}", path.stat().st_size, rows] for (use, path), rows in found.items()]
     means = {key: torch.as_tensor(total / len(replay) / 255.0) for key, total in totals.items()}
-    return Logged(replay, held_out, listed, means, rewarded)
+    return Logged(replay, held_out, listed, means, rewarded, discrete)
 
 
 def check_unchanged(before: list[list], now: list[list]) -> None:

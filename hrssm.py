@@ -325,7 +325,7 @@ class HybridRSSM(Representation):
         if dynamics.shared:
             raw_post = dynamics.img_step(dynamics.shift(post, is_first), action, embed=embed)
         else:
-            raw_post = dynamics.posterior(post.deter, embed)
+            raw_post = dynamics.posterior(post.deter, embed)._replace(memory=post.memory)
         return raw_post, dynamics.img_step(dynamics.shift(raw_post, is_first), action)
 
     def predict(self, filtered: Branches) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ are 0-d tensors that stay on the device.
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -211,6 +213,86 @@ class InfoNCE(EmbeddingPrediction):
         return {"infonce": infonce_loss(predicted["projected"].flatten(0, 1), filtered.embed.flatten(0, 1))}
 
 
+# --- autoencoder ----------------------------------------------------------------------------------------------------
+
+# --autoencoder: what the world model observes, what its decoder draws from a latent, and what that must match.
+#   internal   the picture    the picture o      o
+#   external   the code c     the code c'        c
+#   frozen     the code c     the code c'        o, by the autoencoder's decoder, whose weights are constants
+REGIMES = ("none", "internal", "external", "frozen")
+
+
+class Autoencoder(nn.Module):
+    """Picture <-> code (..., K) on single frames, with an optimiser of its own. The world model's losses never move it.
+
+    Outside, codes are standardised by a running mean and deviation, since their scale drifts while it learns.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        ae_code: int,
+        ae_batch: int,
+        encoder: dict,
+        decoder: dict,
+        bf16: bool,
+        optimizer: dict,
+    ):
+        super().__init__()
+        image = {"cnn_keys": "image$", "mlp_keys": "$^"}
+        self.encoder = Encoder({"image": shape}, **encoder | image)
+        self.bottleneck = nn.Linear(self.encoder.outdim, ae_code)
+        self.decoder = Decoder(ae_code, {"image": shape}, **decoder | image)
+        init_truncated(self.bottleneck)
+        self.batch, self.bf16 = ae_batch, bf16
+        self.register_buffer("mean", torch.zeros(ae_code))
+        self.register_buffer("variance", torch.ones(ae_code))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.optimizer = tools.Optimizer("ae", self.parameters(), **optimizer)
+
+    def raw_code(self, image: Tensor) -> Tensor:
+        """(..., H, W, C) in [-0.5, 0.5] -> (..., K)."""
+        with autocast(image, self.bf16):
+            return full(self.bottleneck(self.encoder({"image": image})))
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """(..., H, W, C) -> standardised code (..., K), a constant."""
+        return (self.raw_code(image) - self.mean) / self.deviation
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Standardised code (..., K) -> (..., H, W, C). Gradient reaches the code, never the decoder's weights."""
+        weights = {name: weight.detach() for name, weight in self.decoder.named_parameters()}
+        raw = code * self.deviation + self.mean
+        with autocast(code, self.bf16):
+            return torch.func.functional_call(self.decoder, weights, (raw,))["image"]
+
+    @property
+    def deviation(self) -> Tensor:
+        return self.variance.sqrt().clamp(min=1e-3)
+
+    def update(self, image: Tensor) -> dict[str, Tensor]:
+        """One step on `ae_batch` frames drawn at random from (..., H, W, C), or on all if there are not more."""
+        frames = image.flatten(0, -4)
+        if len(frames) > self.batch:
+            frames = frames[torch.rand(len(frames), device=frames.device).argsort()[: self.batch]]
+        code = self.raw_code(frames)
+        with autocast(code, self.bf16):
+            drawn = self.decoder(code)["image"]
+        metrics = self.optimizer.step((drawn - frames).square().sum((-3, -2, -1)).mean())
+        code = tools.gather_ranks(code.detach())
+        self.updates += 1
+        rate = (1.0 / self.updates).clamp(min=0.01)
+        self.mean.lerp_(code.mean(0), rate.to(code))
+        self.variance.lerp_((code - self.mean).square().mean(0), rate.to(code))
+        return metrics
+
+
 # --- world model ----------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +301,9 @@ class WorldModel(nn.Module):
 
     The loss is reward + continuation + KL + whatever the representation adds, each term times its weight. Heads outside
     `grad_heads` train on detached features.
+
+    With a `decoder` of features (see REGIMES) a reconstruction loss is added: of the picture, or with an `autoencoder`
+    of its code, which with `frozen` is compared by what it looks like. The representation then observes `code`.
     """
 
     def __init__(
@@ -233,6 +318,10 @@ class WorldModel(nn.Module):
         grad_heads: list[str],
         bf16: bool,
         optimizer: dict,
+        decoder: Decoder | None = None,
+        decoder_scale: float = 1.0,
+        autoencoder: Autoencoder | None = None,
+        frozen: bool = False,
     ):
         super().__init__()
         for name in grad_heads:
@@ -245,7 +334,11 @@ class WorldModel(nn.Module):
         self.scales = {"reward": reward_scale, "cont": cont_scale} | representation.scales
         self.grad_heads = grad_heads
         self.bf16 = bf16
-        trained = (*representation.parameters(), *reward_head.parameters(), *cont_head.parameters())
+        self.decoder, self.autoencoder, self.frozen = decoder, autoencoder, frozen
+        trained = [*representation.parameters(), *reward_head.parameters(), *cont_head.parameters()]
+        if decoder is not None:
+            self.scales["code" if autoencoder is not None and not frozen else "image"] = decoder_scale
+            trained += decoder.parameters()
         self.optimizer = tools.Optimizer("model", [p for p in trained if p.requires_grad], **optimizer)
 
     @property
@@ -264,10 +357,16 @@ class WorldModel(nn.Module):
             if key.startswith("is_"):
                 data[key] = value.bool()
             elif value.dtype == torch.uint8:
-                data[key] = value.to(dtype).div_(255.0).sub_(0.5)
+                data[key] = self.pixels(value)
             else:
                 data[key] = value.to(dtype)
+        if self.autoencoder is not None and "image" in data:
+            data["code"] = self.autoencoder.encode(data["image"])
         return data
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """uint8 to [-0.5, 0.5], on the model's device."""
+        return tools.to_device(image, self.device).to(torch.get_default_dtype()).div_(255.0).sub_(0.5)
 
     def loss(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Tensor, Filtered, dict[str, Tensor]]:
         """Total loss, the filtered batch and metrics.
@@ -283,6 +382,7 @@ class WorldModel(nn.Module):
             reward = self.reward_head(feat if "reward" in self.grad_heads else feat.detach())
             cont = self.cont_head(feat if "cont" in self.grad_heads else feat.detach())
             predicted = self.representation.predict(filtered)
+            decoded = None if self.decoder is None else self.decoder(feat)
 
         # (B, T)
         post, prior = dynamics.dist(filtered.post.logit), dynamics.dist(filtered.prior.logit)
@@ -294,6 +394,8 @@ class WorldModel(nn.Module):
             "cont": -cont.log_prob((~data["is_terminal"]).to(feat.dtype).unsqueeze(-1)).mean(),
         }
         losses |= self.representation.losses(data, filtered, predicted)
+        if decoded is not None:
+            losses |= self.reconstruction_loss(decoded, data)
         # Weights of 1 cost nothing.
         losses = {k: loss if self.scales[k] == 1.0 else loss * self.scales[k] for k, loss in losses.items()}
         total = sum((*losses.values(), *kl_losses.values()))
@@ -305,15 +407,26 @@ class WorldModel(nn.Module):
         metrics["post_ent"] = dynamics.entropy(post.detach()).mean()
         return total, filtered, metrics
 
+    def reconstruction_loss(self, decoded: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Squared error of the picture or of the code, summed over its entries, mean over B and T."""
+        if "code" in decoded and not self.frozen:
+            return {"code": (decoded["code"] - data["code"]).square().sum(-1).mean()}
+        image = self.autoencoder.decode(decoded["code"]) if self.autoencoder is not None else decoded["image"]
+        return {"image": (image - data["image"]).square().sum((-3, -2, -1)).mean()}
+
     @property
     def draws(self) -> bool:
-        """Whether a decoder of its own can draw what a latent shows."""
-        return isinstance(self.representation, Reconstruction) and "image" in self.representation.decoder.keys
+        """Whether it can draw what a latent shows by a decoder of its own."""
+        own = isinstance(self.representation, Reconstruction) and "image" in self.representation.decoder.keys
+        return own or self.decoder is not None
 
     def draw(self, feat: Tensor) -> Tensor:
         """Pictures (...,H,W,C) in [-0.5, 0.5] of features (...,F)."""
-        assert isinstance(self.representation, Reconstruction)
-        return self.representation.decoder(feat)["image"]
+        if self.decoder is None:
+            assert isinstance(self.representation, Reconstruction)
+            return self.representation.decoder(feat)["image"]
+        decoded = self.decoder(feat)
+        return self.autoencoder.decode(decoded["code"]) if self.autoencoder is not None else decoded["image"]
 
     def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Filtered, dict[str, Tensor]]:
         """One optimiser step, then what follows it. Returns the batch as filtered before the step, detached."""
@@ -530,10 +643,10 @@ class ActorCritic(nn.Module):
     ) -> dict[str, Tensor]:
         """One step for actor and critic from start states (B,T,*), or from `imag_starts` of them drawn at random."""
         self.update_slow_critic()
-        start = start.map(lambda x: x.detach().flatten(0, 1))
+        start = start.detach().flatten()
         if 0 < self.imag_starts < len(start.deter):
             chosen = torch.rand(len(start.deter), device=start.deter.device).argsort()[: self.imag_starts]
-            start = start.map(lambda x: x[chosen])
+            start = start.select(chosen)
         with frozen(world_model):
             actor_loss, value_loss, metrics = self.loss(world_model, start, reward_fn)
         metrics |= self.actor_optimizer.step(actor_loss, retain_graph=True)
@@ -670,6 +783,8 @@ def measure_windows(
     mean_frame: Tensor | None = None,
     target: str = "image",
     state: str = "",
+    part: Callable[[Tensor], Tensor] | None = None,
+    background: Tensor | None = None,
     chunk: int = 20,
 ) -> dict[str, np.ndarray]:
     """What the model makes of held-out `episodes` (T,...): arrays (N,HORIZON), NaN after the end of an episode.
@@ -680,6 +795,10 @@ def measure_windows(
     in imagination, `shuffled_mse` the same with the actions of another episode, `copy_mse` of the last picture seen,
     `mean_mse` of `mean_frame` (H,W,C), and the part of `open_mse` on pixels that have just changed by more than 0.1
     (`moving_mse`) and on the others (`still_mse`). Latents are modes: nothing is drawn at random.
+
+    `part` (see `colour_rule`) finds an object in the truth: `object_mse` is `open_mse` on its pixels, `rest_mse` on the
+    others, `copy_object_mse` and `mean_object_mse` are the baselines there, and `object_presence` says how much of its
+    difference from `background` (H,W,C) is drawn: 1 all, 0 nothing.
     """
     windows = choose_windows([len(episode["action"]) for episode in episodes])
     if not windows:
@@ -689,7 +808,8 @@ def measure_windows(
         cut = [cut_window(episodes, *window) for window in windows[i : i + chunk]]
         batch = {key: torch.from_numpy(np.stack([window[key] for window in cut])) for key in cut[0]}
         valid = batch.pop("valid")
-        values = _measure_batch(world_model, draw, world_model.preprocess(batch), mean_frame, target)
+        data = world_model.preprocess(batch)
+        values = _measure_batch(world_model, draw, data, mean_frame, target, part, background)
         if state:
             values["state"] = batch[state][:, CONTEXT:]
         # The axes of a vector come last.
@@ -705,6 +825,8 @@ def _measure_batch(
     data: dict[str, Tensor],
     mean_frame: Tensor | None,
     target: str,
+    part: Callable[[Tensor], Tensor] | None,
+    background: Tensor | None,
 ) -> dict[str, Tensor]:
     dynamics = world_model.dynamics
     other = data | {"action": data["other_action"]}
@@ -720,27 +842,44 @@ def _measure_batch(
     if draw is None:
         return values
 
-    def error(picture: Tensor) -> Tensor:
-        return (picture - truth).square().mean(-1)
+    def mean_over(values: Tensor, mask: Tensor) -> Tensor:
+        return (values * mask).sum((-2, -1)) / mask.sum((-2, -1))
 
     # (N, HORIZON, H, W, C)
     truth, before = data[target][:, CONTEXT:], data[target][:, CONTEXT - 1 : -1]
     moving = (truth - before).abs().amax(-1) > 0.1
+    shown = part(truth) if part else None
     pictures = {"open": draw(imagined), "closed": draw(closed), "copy": before[:, :1]}
     pictures["shuffled"] = draw(open_loop(world_model, other, CONTEXT).feat[:, CONTEXT:])
     if mean_frame is not None:
         pictures["mean"] = mean_frame.to(truth) - 0.5
     for name, picture in pictures.items():
         picture = picture.clamp(-0.5, 0.5)
-        squared = error(picture)
-        values[f"{name}_mse"] = squared.mean((-2, -1))
+        error = (picture - truth).square().mean(-1)
+        values[f"{name}_mse"] = error.mean((-2, -1))
+        if shown is not None and name in ("open", "copy", "mean"):
+            values["object_mse" if name == "open" else f"{name}_object_mse"] = mean_over(error, shown)
         if name in ("open", "closed"):
             values[f"{name}_psnr"] = -10.0 * values[f"{name}_mse"].clamp(min=1e-10).log10()
             values[f"{name}_ssim"] = ssim(picture, truth)
         if name == "open":
-            values["moving_mse"] = (squared * moving).sum((-2, -1)) / moving.sum((-2, -1))
-            values["still_mse"] = (squared * ~moving).sum((-2, -1)) / (~moving).sum((-2, -1))
+            values["moving_mse"], values["still_mse"] = mean_over(error, moving), mean_over(error, ~moving)
+        if name == "open" and shown is not None:
+            values["rest_mse"] = mean_over(error, ~shown)
+            if background is not None:
+                empty = background.to(truth) - 0.5
+                drawn, there = (((x - empty) * (truth - empty)).sum(-1) for x in (picture, truth))
+                values["object_presence"] = (drawn * shown).sum((-2, -1)) / (there * shown).sum((-2, -1))
     return values
+
+
+def colour_rule(text: str) -> Callable[[Tensor], Tensor]:
+    """`r-b>40`: where red is more than 40 of 255 above blue; pictures (...,H,W,3) in [-0.5, 0.5] -> (...,H,W) bool."""
+    found = re.fullmatch(r"([rgb])-([rgb])>(\d+)", text.replace(" ", ""))
+    if found is None:
+        raise tools.UserError(f"{text!r} is no rule for the colour of an object: write for example r-b>40")
+    more, less, least = "rgb".index(found[1]), "rgb".index(found[2]), int(found[3]) / 255.0
+    return lambda picture: picture[..., more] - picture[..., less] > least
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -785,7 +924,9 @@ def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], d
     if "open_mse" not in found:
         return metrics, curves
     metrics |= {f"recon_{name}": float(mean(found[f"closed_{name}"])) for name in ("mse", "psnr", "ssim")}
-    for key in ("open_mse", "copy_mse", "mean_mse", "shuffled_mse", "moving_mse", "still_mse"):
+    apart = ("moving_mse", "still_mse", "object_mse", "rest_mse", "object_presence")
+    apart += ("copy_object_mse", "mean_object_mse")
+    for key in ("open_mse", "copy_mse", "mean_mse", "shuffled_mse", *apart):
         if key in curves:
             metrics[key] = float(mean(curves[key]))
     for key in ("open_mse", "open_psnr", "open_ssim", "copy_mse", "mean_mse"):
@@ -818,77 +959,250 @@ def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray], penalt
 
 
 # --- diagnostics ----------------------------------------------------------------------------------------------------
-# How much a distraction changes the latent, the action and the value. `S` = states, `K` = draws of the distraction.
+# What a latent knows of the state, and how much a distraction changes it, the action and the value. Measured on E
+# episodes of T states, without distraction and under K draws of it, as `envs.paired.render` returns them.
+#
+# States within an episode depend on each other, so intervals come from resampling episodes. Each measure takes weights
+# (R,E) of the episodes and returns one value (R,) for each row of weights.
 
-ROBUSTNESS = ("denoising_factor", "action_agreement", "value_agreement")
+ACPC_STEPS = 8  # imagined steps of ACPC
+START_EVERY = 4  # states between the starts of these imaginations
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # of the ridge probe, beside features of unit variance
+FOLDS = 4
+NEGLIGIBLE = 1e-6  # a standard deviation or distance below this share of the size is rounding: there is no variation
+
+DIAGNOSTICS = {
+    "denoising_factor": "1: the latent depends on the state alone; 0: a distraction moves it as much as another state",
+    "acpc": f"0: {ACPC_STEPS} steps imagined from clean and distracted histories agree; 1.41: as of unrelated states",
+    "invariance_radius": "0: the same of 95% of them; 1: they reach as far as another state is",
+    "probe_r2": "what a linear probe reads of the physical state: 1 all, 0 nothing",
+    "reward_r2": "what the reward head explains of the rewards in new episodes: 1 all, 0 or less nothing",
+    "action_agreement": "1: the distraction does not change the policy's action; 0: it alone decides",
+    "value_agreement": "the same of the critic's value",
+}
 
 
-def measure_robustness(
-    world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, np.ndarray], actions: np.ndarray
-) -> dict[str, float]:
-    """`robustness` of an agent on what `envs.paired.render` returns, and `<name>_error`: jackknife errors over draws.
+class Estimate(NamedTuple):
+    """A measure with its 95% interval; NaN where it is undefined."""
 
-    `obs` (K,E,T,...): E episodes of T states under K draws; `actions` (E,T,A): the actions that led to them. Both may
-    be numpy arrays. Deterministic: the filter takes the mode of every latent. No errors with fewer than 3 draws.
+    value: float
+    low: float
+    high: float
+
+
+class Reaction(NamedTuple):
+    """What an agent makes of observations (...,E,T,*): float64, on the CPU.
+
+    latent: (...,E,T,F) class probabilities or means, and the recurrent state. imagined: (...,E,M,H,F) latents H steps
+    ahead of M of the states. action (...,E,T,A), value and reward (...,E,T,1): policy's mode, critic, reward head.
     """
-    outputs = encode_draws(world_model, actor_critic, obs, actions)
-    metrics, draws = robustness(*outputs), len(outputs[0])
-    if draws > 2:
-        others = [[i for i in range(draws) if i != k] for k in range(draws)]
-        left_out = [robustness(*(x[kept] for x in outputs)) for kept in others]
-        for name in ROBUSTNESS:
-            values = torch.tensor([numbers[name] for numbers in left_out])
-            metrics[f"{name}_error"] = ((draws - 1) * values.var(correction=0)).sqrt().item()
-    return metrics
+
+    latent: Tensor
+    imagined: Tensor
+    action: Tensor
+    value: Tensor
+    reward: Tensor
 
 
-def robustness(latent: Tensor, action: Tensor, value: Tensor) -> dict[str, float]:
-    """`ROBUSTNESS` and the distances `same` and `other` of latents, actions and values (K,S,*)."""
-    return denoising_factor(latent) | {"action_agreement": agreement(action), "value_agreement": agreement(value)}
+def diagnose(
+    world_model: WorldModel,
+    actor_critic: ActorCritic,
+    clean: dict[str, np.ndarray],
+    distracted: dict[str, np.ndarray] | None,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+) -> dict[str, Estimate]:
+    """`DIAGNOSTICS` of an agent, from 1000 bootstrap samples of the episodes. Deterministic; draws no random numbers.
+
+    `clean` (E,T,...) and `distracted` (K,E,T,...) are observations of the same states, `actions` (E,T,A) and `rewards`
+    (E,T) what led to them. The physical state is all vectors in `clean`, whether the agent sees them or not. A measure
+    is NaN where what it relates to does not vary (a constant latent has no denoising factor), as are the agreements of
+    an actor that has not been trained. With `distracted` None, only R^2 of probe and reward head on the clean pictures.
+    """
+    reference, weights = react(world_model, actor_critic, clean, actions), episode_weights(len(actions))
+    seen = Reaction(*(x[None] for x in reference))
+    if distracted is not None:
+        draws = [{key: value[k] for key, value in distracted.items()} for k in range(len(distracted["image"]))]
+        reactions = [react(world_model, actor_critic, draw, actions) for draw in draws]
+        seen = Reaction(*(torch.stack(parts) for parts in zip(*reactions, strict=True)))
+    state = torch.cat([torch.as_tensor(clean[key]) for key in sorted(clean) if not key.endswith("image")], -1)
+    # Nothing is earned on arrival at the first state.
+    earned = torch.as_tensor(rewards)[:, 1:, None].double()
+    values = {
+        "probe_r2": probe_r2(seen.latent, state.double(), weights),
+        "reward_r2": r2(seen.reward[:, :, 1:], earned, weights),
+    }
+    if distracted is not None:
+        acpc, radius = prediction_consistency(reference.imagined, seen.imagined, weights)
+        values |= {"acpc": acpc, "invariance_radius": radius}
+        values["denoising_factor"] = denoising_factor(seen.latent, weights)
+        trained = int(actor_critic.updates) > 0
+        for name, x in (("action_agreement", seen.action), ("value_agreement", seen.value)):
+            values[name] = agreement(x if trained else x * torch.nan, weights)
+    return {name: estimate(values[name]) for name in DIAGNOSTICS if name in values}
+
+
+def episode_weights(episodes: int, samples: int = 1000) -> Tensor:
+    """Weights (1+samples,E): all episodes once, then how often each is in a bootstrap sample. Always the same."""
+    drawn = torch.randint(episodes, (samples, episodes), generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(samples, episodes, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    return torch.cat([torch.ones(1, episodes, dtype=torch.float64), counts])
+
+
+def estimate(values: Tensor) -> Estimate:
+    """The first of `values` (1+samples,), and the interval of the others."""
+    value, drawn = values[0].item(), values[1:][values[1:].isfinite()]
+    if math.isnan(value) or not len(drawn):
+        return Estimate(math.nan, math.nan, math.nan)
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    return Estimate(value, low, high)
 
 
 @torch.no_grad()
-def encode_draws(
+def react(
     world_model: WorldModel, actor_critic: ActorCritic, obs: dict[str, np.ndarray], actions: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (K,S,F), actions (K,S,A) and values (K,S,1) for observations (K,E,T,...), with S = E*T, in float64.
+) -> Reaction:
+    """Filter observations (E,T,...) as the policy does, with the mode of every latent, and imagine along `actions`.
 
-    The stochastic part of a latent is its class probabilities, or its mean.
+    All differences between draws come from the picture. Imaginations begin at every `START_EVERY`-th state that is
+    followed by `ACPC_STEPS` others (by as many as there are, if episodes are shorter).
     """
-    draws, episodes, steps = next(iter(obs.values())).shape[:3]
-    dynamics = world_model.dynamics
-    # (K*E, T, ...)
-    batch = {key: torch.as_tensor(value).flatten(0, 1) for key, value in obs.items()}
-    batch["action"] = torch.as_tensor(actions).repeat(draws, 1, 1)
-    batch["is_first"] = (torch.arange(steps) == 0).repeat(draws * episodes, 1)
-    data = world_model.preprocess(batch)
+    episodes, steps = actions.shape[:2]
+    horizon, dynamics = min(ACPC_STEPS, steps - 1), world_model.dynamics
+    is_first = (torch.arange(steps) == 0).repeat(episodes, 1)
+    data = world_model.preprocess({**obs, "action": actions, "is_first": is_first})
     embed = world_model.representation.encoder(data)
     state, _ = dynamics.observe(embed, data["action"], data["is_first"], sample=False)
-    dist = dynamics.dist(state.logit)
-    latent = state._replace(stoch=dist.log_probs.exp() if dynamics.classes else dist.mode).feat
-    action, value = actor_critic.actor(state.feat).mode, actor_critic.critic(state.feat).mode
-    latent, action, value = (x.reshape(draws, episodes * steps, -1).double() for x in (latent, action, value))
-    return latent, action, value
+
+    def expected(state: State) -> Tensor:
+        dist = dynamics.dist(state.logit)
+        return state._replace(stoch=dist.log_probs.exp() if dynamics.classes else dist.mode).feat
+
+    starts = torch.arange(steps - 1 - horizon, -1, -START_EVERY)
+    # (E*M,): states among all E*T
+    chosen = (torch.arange(episodes)[:, None] * steps + starts).flatten().to(embed.device)
+    ahead, along, imagined = state.map(lambda x: x.flatten(0, 1)[chosen]), data["action"].flatten(0, 1), []
+    for k in range(1, horizon + 1):
+        ahead = dynamics.img_step(ahead, along[chosen + k], sample=False)
+        imagined.append(expected(ahead).unflatten(0, (episodes, len(starts))))
+    feat = state.feat
+    outputs = actor_critic.actor(feat).mode, actor_critic.critic(feat).mode, world_model.reward_head(feat).mode
+    return Reaction(*(x.double().cpu() for x in (expected(state), torch.stack(imagined, 2), *outputs)))
 
 
-def denoising_factor(latent: Tensor) -> dict[str, float]:
-    """(other - same) / (other + same) from latents (K,S,F), with both mean distances (Luo et al., 2025).
+def denoising_factor(latent: Tensor, weights: Tensor) -> Tensor:
+    """(other - same) / (other + same) from latents (K,E,T,F), with mean distances (Luo et al., 2025).
 
     `same` is the distance between latents of one state under different draws, `other` between different states.
     """
-    draws, states = latent.shape[:2]
-    distance = torch.cdist(latent.flatten(0, 1), latent.flatten(0, 1)).reshape(draws, states, draws, states)
+    draws, episodes, steps = latent.shape[:3]
+    points, states = latent.flatten(0, 2), episodes * steps
+    distance = torch.cdist(points, points).reshape(draws, states, draws, states)
     # (K, K, S): distances within one state, zero between a draw and itself
     within = distance.diagonal(dim1=1, dim2=3)
-    same = within.sum() / (states * draws * (draws - 1))
-    other = (distance.sum() - within.sum()) / (states * (states - 1) * draws * draws)
+    same = within.sum((0, 1)).reshape(episodes, steps).mean(1) / (draws * (draws - 1))
+    same = weights @ same / weights.sum(1)
+    other = mean_distance(distance.mean((0, 2)), episodes, weights)
     factor = (other - same) / (other + same)
-    return {"denoising_factor": factor.item(), "same": same.item(), "other": other.item()}
+    return factor.where(other > NEGLIGIBLE * points.norm(dim=-1).mean(), torch.nan)
 
 
-def agreement(x: Tensor) -> float:
-    """1 - (variance over draws) / (total variance) of x (K,S,D); NaN if x is constant."""
-    return (1.0 - x.var(0).mean(0).sum() / x.flatten(0, 1).var(0).sum()).item()
+def mean_distance(distance: Tensor, episodes: int, weights: Tensor) -> Tensor:
+    """Mean over pairs of different states, from distances (S,S) of states that are sorted by episode."""
+    block = len(distance) // episodes
+    distinct = (1.0 - torch.eye(len(distance), dtype=distance.dtype)).reshape(episodes, block, episodes, block)
+    sums = (distance.reshape(distinct.shape) * distinct).sum((1, 3))
+    # An episode that was drawn twice is no other episode to itself.
+    pairs = weights[:, :, None] * weights[:, None, :]
+    pairs = pairs - torch.diag_embed(weights.square() - weights)
+    return (pairs * sums).sum((1, 2)) / (pairs * distinct.sum((1, 3))).sum((1, 2))
+
+
+def prediction_consistency(clean: Tensor, distracted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """ACPC and invariance radius from imagined latents, `clean` (E,M,H,F) and `distracted` (K,E,M,H,F).
+
+    ACPC_H = (mean over k = 1..H of |P(z_k) - P(z~_k)|^2)^(1/2), averaged over starts and draws, where z and z~ are
+    imagined from the clean and the distracted history of a state under the same actions. P is the expected latent in
+    units of its spread over states (root of the total variance of the clean imaginations), so it has no scale that a
+    method could shrink, and is the same for all of them: imaginations of unrelated states are sqrt(2) apart. The radius
+    is the 95% quantile of these distances divided by the mean distance between clean imaginations of different states.
+    """
+    episodes, starts, horizon, _ = clean.shape
+    # (K, E, M)
+    distance = (distracted - clean).square().sum(-1).mean(-1).sqrt()
+    paths = clean.flatten(2).flatten(0, 1) / math.sqrt(horizon)
+    other = mean_distance(torch.cdist(paths, paths), episodes, weights)
+    spread = total_variance(clean.flatten(1, 2)[None], weights).sqrt()
+    varies = other > NEGLIGIBLE * paths.norm(dim=-1).mean()
+    acpc = weights @ distance.mean((0, 2)) / weights.sum(1) / spread
+    ordered, order = distance.transpose(0, 1).flatten().sort()
+    share = weights.repeat_interleave(len(distracted) * starts, 1)[:, order].cumsum(1)
+    quantile = ordered[torch.searchsorted(share, 0.95 * share[:, -1:]).squeeze(1)]
+    return acpc.where(varies, torch.nan), (quantile / other).where(varies, torch.nan)
+
+
+def total_variance(x: Tensor, weights: Tensor) -> Tensor:
+    """Variance over draws and states of x (K,E,T,D), summed over D."""
+    x = x - x.mean((0, 1, 2))
+    total = weights.sum(1)
+    mean = weights @ x.mean((0, 2)) / total[:, None]
+    squares = weights @ x.square().sum(-1).mean((0, 2)) / total
+    points = total * len(x) * x.shape[2]
+    return (squares - mean.square().sum(1)) * points / (points - 1)
+
+
+def agreement(x: Tensor, weights: Tensor) -> Tensor:
+    """1 - (variance over draws) / (total variance) of x (K,E,T,D); NaN if x is constant."""
+    within = weights @ x.var(0).sum(-1).mean(1) / weights.sum(1)
+    total = total_variance(x, weights)
+    return (1.0 - within / total).where(total > NEGLIGIBLE**2 * x.square().sum(-1).mean(), torch.nan)
+
+
+def r2(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """1 - (squared error) / (squared deviation from the mean), summed over D: (K,E,T,D) predict (E,T,D)."""
+    error = weights @ (predicted - target).square().sum(-1).mean((0, 2)) / weights.sum(1)
+    variance = total_variance(target[None], weights)
+    return (1.0 - error / variance).where(variance > NEGLIGIBLE**2 * target.square().sum(-1).mean(), torch.nan)
+
+
+def probe_r2(latent: Tensor, state: Tensor, weights: Tensor) -> Tensor:
+    """R^2 of a linear probe that reads the state (E,T,D) from latents (K,E,T,F) of episodes that it was not fitted to.
+
+    Each of up to `FOLDS` parts of the episodes is predicted by ridge regression on the others, half of which chose the
+    penalty for the other half. All coordinates of the state that vary count alike. NaN for less than three episodes.
+    """
+    draws, episodes = latent.shape[:2]
+    if episodes < 3:
+        return torch.full((len(weights),), torch.nan, dtype=latent.dtype)
+    state = standardise(state, state.flatten(0, 1))
+    target, predicted = state.expand(draws, *state.shape), torch.empty(draws, *state.shape, dtype=latent.dtype)
+    number = torch.arange(episodes)
+    for fold in range(min(FOLDS, episodes)):
+        held_out = number % min(FOLDS, episodes) == fold
+        rest = number[~held_out]
+        half, other = rest[::2], rest[1::2]
+        tried = ridge(latent[:, half], target[:, half], latent[:, other], PENALTIES)
+        errors = [(guess - target[:, other]).square().mean().item() for guess in tried]
+        best = PENALTIES[errors.index(min(errors))]
+        (predicted[:, held_out],) = ridge(latent[:, rest], target[:, rest], latent[:, held_out], [best])
+    return r2(predicted, state, weights)
+
+
+def standardise(x: Tensor, sample: Tensor) -> Tensor:
+    """x (...,F) by mean and deviation of `sample` (N,F); features that do not vary there become 0."""
+    mean, std = sample.mean(0), sample.std(0)
+    varies = std > NEGLIGIBLE * sample.abs().amax(0)
+    return torch.where(varies, (x - mean) / std.where(varies, 1.0), 0.0)
+
+
+def ridge(x: Tensor, y: Tensor, new: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+    """Fit y (...,D) to standardised x (...,F) for each penalty, and predict from `new` (...,F)."""
+    fitted, y = x.flatten(0, -2), y.flatten(0, -2)
+    new, fitted = standardise(new, fitted), standardise(fitted, fitted)
+    mean, diagonal = y.mean(0), torch.eye(fitted.shape[-1], dtype=x.dtype)
+    gram, cross = fitted.T @ fitted / len(fitted), fitted.T @ (y - mean) / len(fitted)
+    return [mean + new @ torch.linalg.solve(gram + penalty * diagonal, cross) for penalty in penalties]
 
 
 def fit_probe(probe: Probe, world_model: WorldModel, batches: Iterable[dict[str, Tensor]]) -> float:

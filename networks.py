@@ -721,22 +721,59 @@ class _SequenceStep(torch.autograd.Function):
 # --- latent dynamics ------------------------------------------------------------------------------------------------
 
 
+class Memory(NamedTuple):
+    """What a state of a `TSSM` attends to: keys and values of tokens, in each of L layers.
+
+    past: (B, P, L, 2, heads, d), P tokens of each of B sequences, shared by all states on that sequence. first, last:
+    (...), the state sees tokens first .. last - 1 of them. own: (..., k, L, 2, heads, d), the k tokens that imagination
+    has added since. The leading axes (...) of the states are (B, n) or (B n): those of a sequence are neighbours.
+    """
+
+    past: Tensor
+    first: Tensor
+    last: Tensor
+    own: Tensor
+
+    def map_states(self, function) -> "Memory":
+        """`function` of everything that each state has for itself."""
+        return Memory(self.past, *(function(x) for x in self[1:]))
+
+
 class State(NamedTuple):
     """Latent state with any leading axes.
 
     deter: (..., D) recurrent state. stoch: (..., S, K) one-hot sample, or (..., S) for Gaussian latents.
-    logit: (..., S, K) raw logits, or (..., 2, S) mean and std for Gaussian latents.
+    logit: (..., S, K) raw logits, or (..., 2, S) mean and std for Gaussian latents. memory: of a `TSSM` only.
     """
 
     deter: Tensor
     stoch: Tensor
     logit: Tensor
+    memory: Memory | None = None
 
     def map(self, function) -> "State":
-        return State(*(function(x) for x in self))
+        """`function` of every tensor."""
+        return self._map(function, None if self.memory is None else Memory(*(function(x) for x in self.memory)))
 
     def detach(self) -> "State":
         return self.map(torch.Tensor.detach)
+
+    def flatten(self) -> "State":
+        """(B,T,*) -> (B T,*)."""
+        memory = None if self.memory is None else self.memory.map_states(lambda x: x.flatten(0, 1))
+        return self._map(lambda x: x.flatten(0, 1), memory)
+
+    def select(self, index: Tensor) -> "State":
+        """Some of N flat states (N,*), in the order of `index` (n,)."""
+        memory = self.memory
+        if memory is not None:
+            # Each takes its sequence along: those chosen need not be equally many of each.
+            past = memory.past[index // (len(self.deter) // len(memory.past))]
+            memory = memory.map_states(lambda x: x[index])._replace(past=past)
+        return self._map(lambda x: x[index], memory)
+
+    def _map(self, function, memory: Memory | None) -> "State":
+        return State(function(self.deter), function(self.stoch), function(self.logit), memory)
 
     @property
     def feat(self) -> Tensor:
@@ -746,11 +783,13 @@ class State(NamedTuple):
 
 
 def stack_states(states: list[State], dim: int) -> State:
-    return State(*(torch.stack(parts, dim) for parts in zip(*states, strict=True)))
+    """The states, without memory, along a new axis."""
+    deter, stoch, logit = (torch.stack(parts, dim) for parts in zip(*(state[:3] for state in states), strict=True))
+    return State(deter, stoch, logit)
 
 
 def where_state(flag: Tensor, yes: State, no: State) -> State:
-    """`yes` where `flag` (leading axes) is set, else `no`. Leading axes broadcast.
+    """`yes` where `flag` (leading axes) is set, else `no`, without memory. Leading axes broadcast.
 
     Only for `deter` and `stoch`, all that a step reads; `logit` is that of `no`.
     """
@@ -926,7 +965,7 @@ class RSSM(nn.Module):
             post = stack_states(posts, 1)
         if by_hand:
             trained = (p for p in self.parameters() if p.requires_grad)
-            post = State(*FilterGradient.apply(self, is_first, *post, *parts, *initial[:2], *trained))
+            post = State(*FilterGradient.apply(self, is_first, *post[:3], *parts, *initial[:2], *trained))
         if self.shared:
             action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
@@ -976,6 +1015,8 @@ class RSSM(nn.Module):
         """Contribution (..., H) of the embedding to the posterior's first layer."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
+    # `FilterGradient` differentiates `_recur` and `_posterior` by hand: who changes one of them changes it too or makes
+    # `default_structure` False. test_gradient_of_the_filter_is_that_of_its_steps in tests/test_models.py compares them.
     def _recur(self, state: State, action_part: Tensor, layers: StepLayers) -> Tensor:
         """h' = GRU(z, h, a), shape (..., D)."""
         x = layers.stoch(state.stoch.reshape(*state.deter.shape[:-1], -1), action_part)
@@ -1107,6 +1148,214 @@ class FilterGradient(torch.autograd.Function):
         totals = [deter_totals, torch.add(logit_grad, from_draws, alpha=1.0 - rssm.unimix)]
         found = torch.autograd.grad([deter, logit], [*inputs, *ctx.parameters], totals, allow_unused=True)
         return None, None, None, None, None, *found
+
+
+# --- transformer dynamics -------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to each other, or to keys and values computed before. No biases, no dropout."""
+
+    def __init__(self, size: int, heads: int, head_size: int):
+        super().__init__()
+        self.heads = heads
+        self.scale = head_size**-0.5
+        self.qkv = nn.Linear(size, 3 * heads * head_size, bias=False)
+        self.out = nn.Linear(heads * head_size, size, bias=False)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, past: Tensor | None = None, own: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Q tokens x (B,Q,D) per sequence -> output (B,Q,D), and keys and values (B,Q,2,heads,d) of the tokens.
+
+        The tokens attend to each other, or each to `past` (B,P,2,heads,d), its `own` (B,Q,k,2,heads,d) and itself.
+        `mask` is added to the scores, (B,heads,Q,Q) or (B,heads,Q,P+k+1).
+        """
+        # (B, Q, heads, d)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        query, token = query * self.scale, torch.stack([key, value], 2)
+        if past is None or own is None:
+            scores = torch.einsum("bqhd,bphd->bhqp", query, key)
+            y = torch.einsum("bhqp,bphd->bqhd", torch.softmax(full(scores) + mask, -1), value)
+            return self.out(y.flatten(-2)), token
+        past_key, past_value = past.unbind(2)
+        own_key, own_value = own.unbind(3)
+        far = torch.einsum("bqhd,bphd->bhqp", query, past_key)
+        # (B, Q, k, heads), (B, Q, 1, heads)
+        near, same = (query.unsqueeze(2) * own_key).sum(-1), (query * key).sum(-1).unsqueeze(2)
+        scores = torch.cat([far, near.movedim(-1, 1), same.movedim(-1, 1)], -1)
+        weights = torch.softmax(full(scores) + mask, -1).to(value.dtype)
+        far, near, same = weights.split([past.shape[1], own.shape[2], 1], -1)
+        y = torch.einsum("bhqp,bphd->bqhd", far, past_value) + same.transpose(1, 2) * value
+        # (B, heads, Q, k) -> (B, Q, k, heads, 1)
+        y = y + (near.movedim(1, -1).unsqueeze(-1) * own_value).sum(2)
+        return self.out(y.flatten(-2)), token
+
+
+class Gate(nn.Module):
+    """A GRU over depth in place of the residual sum x + y (Parisotto et al., 2020), for x and y (..., D).
+
+    r = sigmoid(W_r y + U_r x), u = sigmoid(W_u y + U_u x + b), (1 - u) x + u tanh(W_g y + r U_g x); b starts at -0.1.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.y = nn.Linear(size, 3 * size, bias=False)
+        self.x = nn.Linear(size, 3 * size, bias=False)
+        self.bias = nn.Parameter(torch.full((size,), -0.1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        reset_y, update_y, candidate_y = full(self.y(y)).chunk(3, -1)
+        reset_x, update_x, candidate_x = full(self.x(x)).chunk(3, -1)
+        candidate = torch.tanh(candidate_y + torch.sigmoid(reset_y + reset_x) * candidate_x)
+        return torch.lerp(x, candidate, torch.sigmoid(update_y + update_x + self.bias))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; arguments and results of `forward` are those of `Attention`."""
+
+    def __init__(
+        self, size: int, *, heads: int, head_size: int, ff: int, act: str, norm: str, gate: bool, eps: float = NORM_EPS
+    ):
+        super().__init__()
+        self.norms = nn.ModuleList(getattr(nn, norm)(size, eps=eps) for _ in range(2))
+        self.attention = Attention(size, heads, head_size)
+        self.ff = nn.Sequential(nn.Linear(size, ff), getattr(nn, act)(), nn.Linear(ff, size))
+        self.gates = nn.ModuleList(Gate(size) for _ in range(2)) if gate else None
+        self.apply(init_truncated)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, past: Tensor | None = None, own: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        add_attention, add_ff = self.gates or (torch.add, torch.add)
+        y, token = self.attention(self.norms[0](x), mask, past, own)
+        x = add_attention(x, y)
+        return add_ff(x, self.ff(self.norms[1](x))), token
+
+
+class TSSM(RSSM):
+    """Transformer state-space model (Chen et al., 2022): a causal transformer in place of the recurrence of an `RSSM`.
+
+    The posterior sees the embedding alone, so all steps of a batch are filtered at once. Token t is made of z_{t-1}
+    (the initial one where an episode starts) and a_t; h_t is the transformer's output there, width D; the prior of z_t
+    follows from h_t. A token sees those of its own episode at distances below `window`, itself included. Positions are
+    a learned bias per distance and head, so that imagination can go on for any number of steps.
+
+    States carry a `Memory`. `observe` gives those of a sequence one past, without gradient. `obs_step` takes states of
+    `initial` or of itself; their past holds the last `window` tokens.
+
+    `layers`, `heads` and `ff`, the width of the feed-forward layers, are those of the transformer; `gate` replaces its
+    residual sums by `Gate`. `options` are those of `RSSM`.
+    """
+
+    def __init__(
+        self, *, layers: int = 2, heads: int = 8, ff: int = 1024, window: int = 64, gate: bool = False, **options
+    ):
+        if options.get("shared") or options.get("rec_depth", 1) > 1:
+            raise ValueError("--dyn_shared and --dyn_rec_depth need --dynamics rssm")
+        super().__init__(**options | {"temp_post": False})
+        del self.cell
+        if self.deter % heads:
+            raise ValueError(f"--tssm_heads must divide --dyn_deter {self.deter}; {heads} does not")
+        self.window = window
+        act, norm = options.get("act", "SiLU"), options.get("norm", "LayerNorm")
+        # As that of the recurrence, but its last layer is linear and has the transformer's width.
+        *hidden, last, _, _ = self.input
+        assert isinstance(last, nn.Linear)
+        last = nn.Linear(last.in_features, self.deter, bias=False)
+        init_truncated(last)
+        self.input = nn.Sequential(*hidden, last)
+        sizes = {"heads": heads, "head_size": self.deter // heads, "ff": ff}
+        self.blocks = nn.ModuleList(Block(self.deter, **sizes, act=act, norm=norm, gate=gate) for _ in range(layers))
+        self.norm = getattr(nn, norm)(self.deter, eps=NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(window, heads))
+        self.token_shape = (layers, 2, heads, self.deter // heads)
+
+    def initial(self, lead: tuple[int, ...]) -> State:
+        """As in `RSSM`, with an empty memory: no token of the past is visible."""
+        empty = self.bias.new_zeros(())
+        end = torch.full(lead, self.window, device=empty.device)
+        past = empty.expand(math.prod(lead), self.window, *self.token_shape)
+        return super().initial(lead)._replace(memory=Memory(past, end, end, empty.expand(*lead, 0, *self.token_shape)))
+
+    def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
+        """q(z | e) for any leading axes; `deter` becomes part of the state, which has no memory."""
+        return self._latent(deter, self.post_head(self.post_hidden(embed)), sample)
+
+    def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
+        """One step of imagination: the prior after `action` (..., A)."""
+        deter, token = self._step(state, action)
+        memory, axis = state.memory, action.dim() - 1
+        own = torch.cat([memory.own, token.unsqueeze(axis)], axis)
+        return self.prior(deter, sample)._replace(memory=memory._replace(own=own))
+
+    def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
+        """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
+        memory = state.memory
+        first = torch.where(is_first, memory.last, memory.first)
+        previous = where_state(is_first, super().initial(is_first.shape), state)
+        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+        deter, token = self._step(previous._replace(memory=memory._replace(first=first)), action)
+        past = torch.cat([memory.past[:, 1:], token.unsqueeze(1)], 1)
+        memory = memory._replace(past=past, first=(first - 1).clamp(min=0))
+        return self.posterior(deter, embed, sample)._replace(memory=memory)
+
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, sample: bool = True) -> tuple[State, State]:
+        """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
+        step = torch.arange(is_first.shape[1], device=is_first.device)
+        # (B, T): where the episode of each step begins
+        first = torch.where(is_first, step, 0).cummax(1).values
+        # h follows below.
+        post = self.posterior(embed.new_empty(*is_first.shape, self.deter), embed, sample)
+        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+        x = self._input(super().shift(post, is_first).stoch, action)
+        mask, tokens = self._mask(step[:, None] - step, step >= first.unsqueeze(-1)), []
+        for block in self.blocks:
+            x, token = block(x, mask)
+            tokens.append(token)
+        deter = full(self.norm(x))
+        past = torch.stack(tokens, 2).detach()
+        own = past.new_zeros(()).expand(*is_first.shape, 0, *self.token_shape)
+        post = post._replace(deter=deter, memory=Memory(past, first, (step + 1).expand_as(first), own))
+        return post, self.prior(deter, sample)
+
+    def shift(self, state: State, is_first: Tensor, initial: State | None = None) -> State:
+        """The state before each step of a sequence (B,T,*) that `observe` filtered: what the token of the step sees."""
+        memory = state.memory
+        return super().shift(state, is_first, initial)._replace(memory=memory._replace(last=memory.last - 1))
+
+    def _input(self, stoch: Tensor, action: Tensor) -> Tensor:
+        """Tokens (..., D) before the first block."""
+        return self.input(torch.cat([stoch.reshape(*action.shape[:-1], -1), bound_action(action)], -1))
+
+    def _mask(self, distance: Tensor, visible: Tensor) -> Tensor:
+        """What is added to scores: distances and flags (..., Q, P) of Q tokens and P others -> (..., heads, Q, P)."""
+        bias = self.bias[distance.clamp(0, self.window - 1)].movedim(-1, -3)
+        return torch.where((visible & (distance >= 0) & (distance < self.window)).unsqueeze(-3), bias, -torch.inf)
+
+    def _step(self, state: State, action: Tensor) -> tuple[Tensor, Tensor]:
+        """h (..., D) of the token that follows `state` and takes `action`, and its keys and values."""
+        memory, lead = state.memory, action.shape[:-1]
+        sequences, length = memory.past.shape[:2]
+        queries, added = math.prod(lead) // sequences, memory.own.shape[len(lead)]
+
+        def by_sequence(x: Tensor) -> Tensor:
+            return x.reshape(sequences, queries, *x.shape[len(lead) :])
+
+        x = by_sequence(self._input(state.stoch, action))
+        first, last, own = map(by_sequence, memory[1:])
+        step = torch.arange(length, device=x.device)
+        # (B, Q, P), then (1, k + 1)
+        visible = (step >= first.unsqueeze(-1)) & (step < last.unsqueeze(-1))
+        past_mask = self._mask(last.unsqueeze(-1) + added - step, visible)
+        distance = torch.arange(added, -1, -1, device=x.device).unsqueeze(0)
+        own_mask = self._mask(distance, distance >= 0)
+        mask = torch.cat([past_mask, own_mask.expand(*past_mask.shape[:-1], -1)], -1)
+        tokens = []
+        for block, *seen in zip(self.blocks, memory.past.unbind(2), own.unbind(3), strict=True):
+            x, token = block(x, mask, *seen)
+            tokens.append(token)
+        return full(self.norm(x)).reshape(*lead, -1), torch.stack(tokens, 2).reshape(*lead, *self.token_shape)
 
 
 # --- representations ------------------------------------------------------------------------------------------------

@@ -433,8 +433,10 @@ def load_config(argv: list[str], path: Path = CONFIGS) -> SimpleNamespace:
 
 
 def saved_options(flags: dict[str, str]) -> dict:
-    """Options by dotted name of the run that `--eval_only` evaluates; {} for any other command line."""
-    if flags.get("eval_only", "").lower() != "true" or "init_from" in flags or "logdir" not in flags:
+    """Options by dotted name of the run that `--eval_only` evaluates or `--record` plays, else {}."""
+    plays = flags.get("eval_only", "").lower() == "true"
+    plays = plays or (bool(flags.get("record")) and flags.get("record_policy", "agent") == "agent")
+    if not plays or "init_from" in flags or "logdir" not in flags:
         return {}
     saved = read_config(Path(flags["logdir"]).expanduser())
     own = {"logdir", "init_from", "fresh", "eval_only"}

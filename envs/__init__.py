@@ -32,7 +32,7 @@ SUITES = {
     "ms": "envs.maniskill",
     "rms": "envs.realistic_maniskill",
 }
-STREAMS = ("train", "eval", "paired", "final")  # of random numbers; `envs.paired` has one of its own
+STREAMS = ("train", "eval", "paired", "final", "record")  # of random numbers; "paired" is that of `envs.paired`
 
 
 def parse_task(task: str) -> Task:

@@ -126,12 +126,17 @@ def hold_out(count: int, seed: int) -> set[int]:
     return set(np.random.default_rng(seed).permutation(count)[: max(1, count // 10)].tolist())
 
 
+def next_number(folder: str | Path) -> int:
+    """Of the episode that `write_episode` writes next."""
+    names = (path.stem.removeprefix("episode-") for path in Path(folder).glob("episode-*.npz"))
+    return max((int(name) + 1 for name in names if name.isdecimal()), default=0)
+
+
 def write_episode(folder: str | Path, rows: dict[str, np.ndarray]) -> Path:
     """Write an episode atomically as the next number of `folder`, which is made if necessary."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.stem[8:]) for path in folder.glob("episode-*.npz") if path.stem[8:].isdecimal()]
-    path = folder / f"episode-{max(taken, default=-1) + 1:06d}.npz"
+    path = folder / f"episode-{next_number(folder):06d}.npz"
     part = path.with_suffix(".npz.part")
     try:
         with open(part, "wb") as file:

@@ -2,6 +2,7 @@
 
 `gym_{module}:{id}` first imports the module that registers the environment: `gym_my_env:Reach-v0`,
 `gym_ale_py:ALE/Pong-v5`. The module must be importable (installed, or in a folder on PYTHONPATH).
+`gym_{id}?key=value&key=value` passes arguments to it: `gym_HalfCheetah-v5?camera_name=track`. Values are YAML scalars.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import cv2
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from ruamel.yaml import YAML
 
 from envs.dmc import check_rendering
 from envs.task import EnvError, Task, two_seeds
@@ -21,8 +23,9 @@ TAKEN = {"action", "reward", "is_first", "is_last", "is_terminal"}  # columns th
 
 
 def parse(rest: str) -> tuple[str, str, str]:
-    """All of `rest` is the id, which must be registered, if necessary by importing its module."""
-    module, _, env_id = rest.rpartition(":")
+    """All of `rest` is the id, which must be registered, if necessary by importing its module, and arguments."""
+    full_id, _ = split_arguments(rest)
+    module, _, env_id = full_id.rpartition(":")
     try:
         if module:
             importlib.import_module(module)
@@ -33,6 +36,18 @@ def parse(rest: str) -> tuple[str, str, str]:
             "gym_MODULE:ID with an importable module (PYTHONPATH) that registers it"
         ) from error
     return rest, "", ""
+
+
+def split_arguments(rest: str) -> tuple[str, dict]:
+    """`id?key=value&key=value` -> id and the arguments. Raises EnvError."""
+    env_id, _, query = rest.partition("?")
+    arguments = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not (key.isidentifier() and equals):
+            raise EnvError(f"gym_{rest}: {part!r} is no argument: write gym_ID?key=value&key=value")
+        arguments[key] = YAML(typ="safe").load(value)
+    return env_id, arguments
 
 
 def prepare(
@@ -79,7 +94,8 @@ class GymnasiumTask(gymnasium.Env):
 
     def __init__(self, env_id: str, *, size: tuple[int, int] = (64, 64), action_repeat: int = 1, task_seed: int = 0):
         try:
-            self._env = gymnasium.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+            full_id, arguments = split_arguments(env_id)
+            self.inner = gymnasium.make(full_id, render_mode="rgb_array", disable_env_checker=True, **arguments)
         except Exception as error:  # third-party code: a missing package or display, wrong arguments
             raise EnvError(f"gym_{env_id} cannot be built: {one_line(error)}") from error
         self._id, self._size, self._action_repeat = env_id, size, action_repeat
@@ -87,12 +103,12 @@ class GymnasiumTask(gymnasium.Env):
         self._running = False
         self.action_space = self._make_action_space()
 
-        observed = self._env.observation_space
+        observed = self.inner.observation_space
         named = isinstance(observed, spaces.Dict)
         self._parts = dict(observed.items()) if named else {"image" if is_picture(observed) else "state": observed}
         if wrong := TAKEN.intersection(self._parts):
             raise EnvError(f"gym_{env_id} has an observation {wrong.pop()!r}, a name taken by replay: rename it")
-        self._named = named
+        self.named = named  # observes a Dict
         self.observation_space = spaces.Dict(
             {"image": spaces.Box(0, 255, (*size, 3), np.uint8)}
             | {key: self._part_space(key, space) for key, space in self._parts.items()}
@@ -101,10 +117,10 @@ class GymnasiumTask(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         # Seeded once; later episodes continue the environment's own random stream.
-        observation, _ = self._env.reset(seed=self._task_seed if seed is None else seed)
+        observation, _ = self.inner.reset(seed=self._task_seed if seed is None else seed)
         self._task_seed = None
         self._running = True
-        return self._observe(observation), {}
+        return self.observe(observation), {}
 
     def step(self, action):
         if not self._running:
@@ -113,24 +129,30 @@ class GymnasiumTask(gymnasium.Env):
             raise ValueError(f"action is not finite: {action}")
         inner_action, reward = self._inner_action(action), 0.0
         for _ in range(self._action_repeat):
-            observation, step_reward, terminated, truncated, info = self._env.step(inner_action)
+            observation, step_reward, terminated, truncated, info = self.inner.step(inner_action)
             reward += float(step_reward)
             if terminated or truncated:
                 break
         self._running = not (terminated or truncated)
         success = float(info.get("success", info.get("is_success", 0.0)))
-        return self._observe(observation), reward, bool(terminated), bool(truncated), {"success": success}
+        return self.observe(observation), reward, bool(terminated), bool(truncated), {"success": success}
 
     def close(self) -> None:
         self._running = False
-        self._env.close()
+        self.inner.close()
+
+    def outer_action(self, action: np.ndarray | None) -> np.ndarray:
+        """An action of `inner` as one of this task, (A,) float32; zeros without one."""
+        if action is None:
+            return np.zeros(self.action_space.shape, np.float32)
+        return (2.0 * (action.ravel() - self._low.ravel()) / (self._high - self._low).ravel() - 1.0).astype(np.float32)
 
     @property
     def _rng(self) -> np.random.Generator:
-        return self._env.unwrapped.np_random
+        return self.inner.unwrapped.np_random
 
     def _make_action_space(self) -> spaces.Space:
-        space = self._env.action_space
+        space = self.inner.action_space
         if isinstance(space, spaces.Discrete):
             return spaces.Discrete(int(space.n))
         if not (isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)):
@@ -141,7 +163,7 @@ class GymnasiumTask(gymnasium.Env):
         return spaces.Box(-1.0, 1.0, (int(np.prod(space.shape)),), np.float32)
 
     def _inner_action(self, action):
-        space = self._env.action_space
+        space = self.inner.action_space
         if isinstance(space, spaces.Discrete):
             return int(action) + int(space.start)
         action = np.clip(np.asarray(action, np.float64), -1.0, 1.0).reshape(space.shape)
@@ -155,8 +177,9 @@ class GymnasiumTask(gymnasium.Env):
         except (ValueError, NotImplementedError) as error:
             raise EnvError(f"gym_{self._id} observes {key} as {space}, which has no fixed size") from error
 
-    def _observe(self, observation) -> dict[str, np.ndarray]:
-        values = observation if self._named else dict.fromkeys(self._parts, observation)
+    def observe(self, observation) -> dict[str, np.ndarray]:
+        """What the task shows of the state that `inner`, the registered environment, observes so."""
+        values = observation if self.named else dict.fromkeys(self._parts, observation)
         result = {
             key: self._scale(values[key], self.observation_space[key].shape[-1])
             if is_picture(space)
@@ -167,7 +190,7 @@ class GymnasiumTask(gymnasium.Env):
 
     def _render(self) -> np.ndarray:
         try:
-            picture = self._env.render()
+            picture = self.inner.render()
         except gymnasium.error.DependencyNotInstalled as error:
             raise EnvError(f"gym_{self._id} cannot render: {one_line(error)}") from error
         if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[-1] != 3:

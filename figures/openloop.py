@@ -7,6 +7,14 @@ infer from unmasked frames; the world model does not change. It reconstructs the
 it (runs with --video_pred_log), else the observed one. The agent then plays an evaluation episode, of which the model
 sees the first 10 frames and imagines the next 50 from the actions alone. The PNG shows every fifth frame, an MP4 beside
 it all of them. Rows: observed (if it differs from the truth), truth, model, error (grey is zero).
+
+python figures/openloop.py --data demos --runs log/external log/frozen --out regimes.png
+
+compares runs that draw pictures (--method dreamer, --autoencoder, --video_pred_log) on the logged episodes of a folder:
+of the one they were trained on those that they held out, of another one all. The models see 10 rows of a window and
+imagine the next 90. The picture shows the truth and a row for each run, every tenth frame, and errors by horizon beside
+those of the last picture seen and of the mean training picture. Runs that differ in nothing but their seed are one
+line. Intervals are at 95%, by bootstrap over episodes and seeds. All points are in a CSV beside it.
 """
 
 import sys
@@ -17,15 +25,23 @@ from setup import console  # before what takes seconds to import
 
 # isort: split
 import argparse
+import os
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import trange
 
 import dreamer
 import envs
+import exploration
 import models
 import tools
-from figures import grid, robustness
+from figures import grid, plot, robustness
+
+BASELINES = {"copy": "last picture seen", "mean": "mean picture"}
+PANELS = {"mse": "squared error of pixels", "ssim": "structural similarity"}
 
 
 def load_replay(config, state: dict, folder: Path) -> tools.Replay:
@@ -61,16 +77,168 @@ def run(args) -> None:
     print(f"{out}: squared error per frame {loss:.2f} after {args.updates} updates of the probe")
 
 
+class Compared(NamedTuple):
+    """What a run made of the held-out episodes: `models.measure_windows`, and one window from the truth and from it."""
+
+    logdir: str
+    config: SimpleNamespace
+    found: dict[str, np.ndarray]
+    truth: np.ndarray  # (T,H,W,3) uint8
+    frames: np.ndarray
+
+
+def compare(logdir: str, data: Path, rule: str) -> Compared:
+    """Load a run and measure it on the episodes of `data`. Raises UserError."""
+    config, folder = tools.run_config(logdir), Path(logdir)
+    checkpoint = tools.load_checkpoint(folder / "latest.pt")
+    if checkpoint is None or "agent" not in checkpoint:
+        raise tools.UserError(f"{logdir} holds no checkpoint of a run")
+    config.offline_traindir = config.offline_traindir or str(folder / "replay")
+    if data.resolve() != Path(config.offline_traindir).expanduser().resolve():
+        config.offline_evaldir = str(data)
+    logged = exploration.load_logged(config)
+    agent = dreamer.make_agent(config, logged.spaces, logged.act_space)
+    with tools.reading(f"{folder}/latest.pt does not fit config.json", "restore them from a copy"):
+        agent.load_state_dict(checkpoint["agent"])
+    if agent.painter[0] is None:
+        raise tools.UserError(f"{logdir} draws no pictures: train it with --autoencoder or --video_pred_log")
+    found = dreamer.measure_held_out(agent, logged, rule=rule)
+    video, height = dreamer.open_loop_logged(agent, logged), config.size[0]
+    parts = [np.repeat(video[:, i : i + height], 3 // video.shape[-1], -1) for i in range(0, video.shape[1], height)]
+    return Compared(logdir, config, found, parts[-3], parts[-2])
+
+
+def group(runs: list[Compared]) -> dict[str, list[Compared]]:
+    """Runs that differ in their seed alone, by what their folders share."""
+    groups: dict[str, list[Compared]] = {}
+    for run in runs:
+        groups.setdefault(tools.config_hash(SimpleNamespace(**vars(run.config) | {"seed": 0})), []).append(run)
+    paths = [os.path.commonpath([Path(run.logdir).absolute() for run in found]) for found in groups.values()]
+    names = robustness.short_names(paths) if len(paths) > 1 else {paths[0]: Path(paths[0]).name}
+    return {names[path]: found for path, found in zip(paths, groups.values(), strict=True)}
+
+
+def curve(runs: list[Compared], key: str) -> np.ndarray:
+    """(3, horizons): mean over episodes and seeds with its 95% interval."""
+    episodes = []
+    for run in runs:
+        values, number = run.found[key], run.found["episode"]
+        kept = np.isfinite(run.found["kl"]).any(0)
+        for episode in np.unique(number):
+            rows = values[number == episode][:, kept]
+            counts = np.isfinite(rows).sum(0)
+            episodes.append(np.where(counts, np.nansum(rows, 0) / np.maximum(counts, 1), np.nan))
+    length = min(map(len, episodes))
+    x = np.stack([row[:length] for row in episodes])
+    drawn = np.random.default_rng(0).integers(len(x), size=(plot.RESAMPLINGS, len(x)))
+    known = np.isfinite(x)
+    totals, counts = np.where(known, x, 0.0)[drawn].sum(1), known[drawn].sum(1)
+    means = np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
+    return np.stack([np.where(known, x, 0.0).sum(0) / known.sum(0), *np.nanpercentile(means, [2.5, 97.5], axis=0)])
+
+
+def strip(runs: list[Compared]) -> np.ndarray:
+    """The truth, and the row of each run, from every tenth frame; runs that held out other episodes have their own."""
+    rows, labels, shown = [], [], None
+    for name, found in group(runs).items():
+        run = found[0]
+        if shown is None or not np.array_equal(shown, run.truth):
+            shown = run.truth
+            rows, labels = [*rows, shown], [*labels, "truth"]
+        rows, labels = [*rows, run.frames], [*labels, name]
+    every = models.CONTEXT
+    times = range(0, max(map(len, rows)), every)
+    tiles = [[row[t] if t < len(row) else None for t in times] for row in rows]
+    titles = [f"{'seen' if t < models.CONTEXT else 'imagined'} t={t}" for t in times]
+    return np.asarray(grid.draw(tiles, labels, titles, rule=1))
+
+
+def draw_comparison(runs: list[Compared], curves: dict[tuple[str, str], np.ndarray]) -> plot.plt.Figure:
+    picture = strip(runs)
+    height = 11.0 * picture.shape[0] / picture.shape[1]
+    figure = plot.plt.figure(figsize=(11.0, height + 3.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[height, 3.4])  # type: ignore[misc]
+    axis = above.add_subplot()
+    axis.imshow(picture)
+    axis.axis("off")
+    axes = dict(zip(PANELS, below.subplots(1, len(PANELS)), strict=True))
+    for name, axis in axes.items():
+        lines = {label: values for (label, metric), values in curves.items() if metric == name}
+        for i, (label, (mean, low, high)) in enumerate(lines.items()):
+            baseline = label in BASELINES.values()
+            color = ("grey", "black")[label == BASELINES["mean"]] if baseline else plot.COLORS[i % len(plot.COLORS)]
+            steps = np.arange(1, len(mean) + 1)
+            axis.plot(steps, mean, color=color, ls=":" if baseline else "-", lw=1.5, label=label)
+            if not baseline:
+                axis.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
+        axis.set_xlabel("steps imagined")
+        axis.set_title(PANELS[name], fontsize=10)
+        axis.grid(alpha=0.25)
+    axes["mse"].set_ylim(bottom=0)
+    handles, labels = axes["mse"].get_legend_handles_labels()
+    below.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def run_comparison(args) -> None:
+    out = Path(args.out)
+    runs = [compare(logdir, Path(args.data).expanduser(), args.object) for logdir in args.runs]
+    curves = {}
+    for label, found in group(runs).items():
+        for name in PANELS:
+            curves[label, name] = curve(found, f"open_{name}")
+        curves[label, "shuffled actions"] = curve(found, "shuffled_mse")
+        parts = {
+            "moving pixels": "moving_mse",
+            "object": "object_mse",
+            "rest": "rest_mse",
+            "presence": "object_presence",
+        }
+        curves |= {(label, part): curve(found, key) for part, key in parts.items() if key in found[0].found}
+    for key, label in BASELINES.items():
+        for metric, name in (("mse", f"{key}_mse"), ("object", f"{key}_object_mse")):
+            if name in runs[0].found:
+                curves[label, metric] = curve(runs, name)
+    header = ["run", "metric", "horizon", "mean", "low", "high"]
+    rows = [
+        (*key, h + 1, *(f"{x:.6g}" for x in values[:, h]))
+        for key, values in curves.items()
+        for h in range(values.shape[1])
+    ]
+    plot.write_csv(out.with_suffix(".csv"), header, rows)
+    shown = [h for h in models.HORIZONS if h <= min(values.shape[1] for values in curves.values())]
+    width = max(len(label) for label, _ in curves)
+    for metric in ("mse", "object"):
+        if any(metric == other for _, other in curves):
+            print(f"{metric + ', steps imagined':{max(width, 24)}}", *(f"{h:>22}" for h in shown))
+        for label in (label for label, other in curves if other == metric):
+            cells = ("{:.4f} ({:.4f}-{:.4f})".format(*curves[label, metric][:, h - 1]) for h in shown)
+            print(f"{label:{max(width, 24)}}", *(f"{cell:>22}" for cell in cells))
+    figure = draw_comparison(runs, curves)
+    for path in plot.check_out(out):
+        figure.savefig(path, dpi=150)
+    plot.plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logdir", help="folder of a run")
+    parser.add_argument("logdir", nargs="?", help="folder of a run")
+    parser.add_argument("--data", help="folder of logged episodes to compare --runs on")
+    parser.add_argument("--runs", nargs="+", help="folders of runs")
     parser.add_argument("--updates", type=int, default=2000, help="updates of the probe (2000)")
+    parser.add_argument("--object", default="", help="with --data: measure pixels of this colour apart, as r-b>40")
     parser.add_argument("--untrained", action="store_true", help="use initial weights instead of those of the run")
     parser.add_argument("--resource_files", help="background files, if not those of the run")
     parser.add_argument("--ds_resource_path", help="folder that holds DAVIS, if not that of the run")
     parser.add_argument("--out", default="openloop.png", help="PNG to write (openloop.png); the video goes beside it")
     args = parser.parse_args(argv)
     try:
+        if bool(args.data) != bool(args.runs) or bool(args.data) == bool(args.logdir):
+            raise tools.UserError("name a LOGDIR, or --data with --runs")
+        if args.data:
+            plot.check_out(Path(args.out))
+            run_comparison(args)
+            return 0
         if args.updates < 1:
             raise tools.UserError(f"--updates takes at least 1, not {args.updates}")
         if Path(args.out).suffix not in ("", ".png"):

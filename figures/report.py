@@ -171,13 +171,12 @@ def robustness(runs: Sequence[plot.Run], path: str | None) -> str:
         last = {}
         for row in plot.read_rows(run.logdir):
             last |= {key: value for key, value in row.items() if key.startswith("robustness/")}
-        variants = plot.unique(key.split("/")[1] for key in last)
-        for variant in variants:
-            values = [last.get(f"robustness/{variant}/{name}") for name in models.ROBUSTNESS]
+        for where in plot.unique(key.rpartition("/")[0] for key in last):
+            values = [last.get(f"{where}/{name}") for name in models.DIAGNOSTICS]
             values = [float("nan") if value is None else value for value in values]
-            rows.append((run.task, run.method, str(run.seed), variant, *values))
+            rows.append((run.task, run.method, str(run.seed), where.removeprefix("robustness/"), *values))
     if rows:
-        parts.append(table(["task", "method", "seed", "variant", *models.ROBUSTNESS], rows))
+        parts.append(table(["task", "method", "seed", "variant", *models.DIAGNOSTICS], rows))
     if path:
         with tools.reading(f"{path} is not a table of figures/robustness.py", "name its CSV"):
             with open(path, newline="") as file:
@@ -246,8 +245,7 @@ have reached.</p>
 {strips(runs)}
 <h2>Robustness</h2>
 {robustness(runs, measured)}
-<p class="note">1: the distraction has no effect. 0: it matters as much as the state (denoising factor), or it alone
-decides (agreements).</p>
+<ul class="note">{"".join(f"<li>{name}: {html.escape(text)}.</li>" for name, text in models.DIAGNOSTICS.items())}</ul>
 <h2>Versions</h2>
 {versions(runs)}
 <h2>Shared options</h2>

@@ -134,7 +134,12 @@ for seed in "${all_seeds[@]}"; do
 done
 for part in "${parts[@]}"; do
   case $part in
-  measure) python "$root/figures/study.py" "$out" --measure --clips "$clips" ;;
+  measure)
+    for task in $(tasks_of representation); do
+      python "$root/figures/robustness.py" "$out/representation/$task"/*/* --player "$out/data/$task/full/0" \
+        --episodes 0 --out "$out/robustness_$task.png"
+    done
+    ;;
   tables) python "$root/figures/study.py" "$out" ;;
   esac
 done

@@ -385,9 +385,11 @@ def structural(key):
     extra += ["--video_pred_log"] if key.startswith("decoder.") else []
     extra += ["--encoder.mlp_keys=.*"] if key.startswith("encoder.") else []
     extra += ["--dyn_discrete=0"] if key in ("dyn_mean_act", "dyn_std_act", "dyn_min_std") else []
+    extra += ["--dynamics=tssm"] if key.startswith("tssm_") else []
     for allowed in option.allowed:
-        low, _ = tools.split_range(allowed) or (allowed, "")
-        value = 1e-6 if low.startswith(">") else DEFAULTS.get(low, low)
+        ends = tools.split_range(allowed)
+        low = ends[0] if ends else ""
+        value = 1e-6 if low.startswith(">") else DEFAULTS.get(low, low) if ends else allowed
         if key != "actor_max_std" and value not in (str(option.default), "onehot"):
             yield [*extra, f"--{key}={value}"]
 

@@ -35,6 +35,7 @@ CHECKED = [
     "--expl_behavior plan2explore --disag_models 2 --disag_action_cond --expl_extr_scale 1 --slow_target_update 2",
     f"{DISCRETE} --nomlr --nosimsr --opt nadam --dyn_temp_post False --dyn_cell gru --behavior_stop_grad False",
     "--augmentation intensity,affine,blur,shift --aug_prob 0.5 --imag_gradient reinforce",
+    f"{VECTORS} --dynamics tssm --tssm_gate --tssm_window 4 --imag_starts 3",
 ]
 
 
@@ -132,6 +133,7 @@ RECORDED = [
     "--method r2dreamer --video_pred_log --decoder.cnn_depth 4",
     "--method infonce --augmentation shift --expl_amount 0.3",
     "--method rssm --dyn_discrete 0",
+    "--dynamics tssm --tssm_window 4 --imag_starts 3",
 ]
 
 

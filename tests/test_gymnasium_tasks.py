@@ -99,7 +99,7 @@ def test_observations_are_flattened_images_scaled_and_the_rendering_added():
 def test_actions_are_mapped_to_the_bounds():
     env = GymnasiumTask("TestOdd-v0")
     env.reset()
-    inner = env._env.unwrapped
+    inner = env.inner.unwrapped
     assert env.action_space == gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
     for action, expected in [([-1] * 4, [[0, -10], [-1, -1]]), ([1, 0.5, 0.3, 7], [[1, 20], [0.3, 1]])]:
         env.step(np.array(action, np.float32))
@@ -126,7 +126,7 @@ def test_discrete_actions_and_an_image_as_the_only_observation():
     assert observation.keys() == {"image"}
     np.testing.assert_array_equal(observation["image"], np.broadcast_to([1, 2, 3], (8, 8, 3)))
     env.step(np.int64(3))
-    assert env._env.unwrapped.action == 2
+    assert env.inner.unwrapped.action == 2
 
 
 def test_seeds():

@@ -172,7 +172,7 @@ def test_every_parameter_is_trained_and_nothing_else_is_there(method, fixed_draw
     assert untrained == raw
     assert bool(raw) == (method == "hrssm") == hasattr(representation, "cube_mask")
     start = agent.world_model.loss(batch)[1].start
-    assert not any(x.requires_grad for x in start)
+    assert not any(x.requires_grad for x in start[:3])
 
 
 @pytest.mark.parametrize("method", OTHERS)

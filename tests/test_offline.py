@@ -1,5 +1,6 @@
 """Logged episodes: every accepted format, every error, the metrics, and training from them by the real command."""
 
+import csv
 import itertools
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ import models
 import tools
 from envs import EnvError
 from envs.episodes import find_files, load_episodes, write_episode
+from figures import openloop
 from tests.helpers import SMALL, make_agent, make_config
 
 Rows = dict[str, np.ndarray]
@@ -315,6 +317,33 @@ def test_errors_of_a_window():
     assert np.array_equal(found["state"][0, :4], rows["state"][10:])
 
 
+def test_an_object_is_measured_apart():
+    """A red square on grey, drawn whole, half as red, or not at all."""
+    agent, length = make_agent(), 14
+    rows = make_rows(length, size=(64, 64)) | {"action": np.zeros((length, 3), np.float32)}
+    rows["image"] = np.full((length, 64, 64, 3), 100, np.uint8)
+    rows["image"][:, 10:20, 30:40] = (200, 100, 100)
+    empty = torch.full((64, 64, 3), 100 / 255)
+    for share in (1.0, 0.5, 0.0):
+        picture = torch.tensor(rows["image"][0]) / 255.0 * share + empty * (1 - share) - 0.5
+        picture[0, 0] += 0.2
+
+        def draw(feat, picture=picture):
+            return picture.expand(*feat.shape[:-1], 64, 64, 3)
+
+        part = models.colour_rule("r-b>40")
+        found = models.measure_windows(agent.world_model, draw, [rows], empty, part=part, background=empty)
+        metrics, _ = models.summarise_windows(found)
+        assert np.isclose(metrics["object_presence"], share, atol=1e-5)
+        assert np.isclose(metrics["object_mse"], ((1 - share) * 100 / 255) ** 2 / 3, atol=1e-6)
+        assert np.isclose(metrics["rest_mse"], 0.04 / (64 * 64 - 100), rtol=1e-3)
+        assert metrics["copy_object_mse"] == 0
+        assert np.isclose(metrics["mean_object_mse"], (100 / 255) ** 2 / 3, rtol=1e-5)
+    for text in ("red", "r-b", "r-b>x"):
+        with pytest.raises(tools.UserError, match="write for example r-b>40"):
+            models.colour_rule(text)
+
+
 def test_imagination_sees_the_context_alone_and_its_actions():
     agent = make_agent()
     rows = make_rows(20, size=(64, 64)) | {
@@ -452,3 +481,34 @@ def test_a_policy_that_is_trained_offline_is_evaluated_in_its_task(tmp_path, cap
     assert run(tmp_path / "log", *options, "--steps", "4") == 0
     rows = read_rows(tmp_path / "log")
     assert sum("eval/return" in row for row in rows) == 2 and any("loss/actor_loss" in row for row in rows)
+
+
+def test_runs_are_compared_on_logged_episodes(data, tmp_path, capsys):
+    """Two seeds are one line over the episodes that each held out; another folder is used whole."""
+    logdirs = [str(tmp_path / name) for name in ("internal/0", "internal/1", "dreamer")]
+    common = ["--offline_traindir", str(data), "--steps", "4", "--simple_log", "--dyn_cont_stoch_size=8"]
+    for logdir, seed, method in zip(logdirs, "010", ("rssm", "rssm", "dreamer"), strict=True):
+        extra = ["--autoencoder", "internal"] if method == "rssm" else []
+        assert run(Path(logdir), *common, *extra, "--seed", seed, "--method", method) == 0
+    out = tmp_path / "compared.png"
+    assert openloop.main(["--data", str(data), "--runs", *logdirs, "--out", str(out)]) == 0
+    with open(out.with_suffix(".csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert {row["run"] for row in rows} == {"internal", "dreamer", "last picture seen", "mean picture"}
+    found = {(row["run"], row["metric"], row["horizon"]): row for row in rows}
+    assert max(int(row["horizon"]) for row in rows) == 14 and out.exists() and out.with_suffix(".pdf").exists()
+    # What the runs logged themselves: a window of each of the held-out episodes.
+    logged = [read_rows(Path(logdir))[-1]["offline/open_mse_10"] for logdir in logdirs]
+    assert np.isclose(float(found["internal", "mse", "10"]["mean"]), np.mean(logged[:2]), rtol=1e-4)
+    one = found["dreamer", "mse", "10"]
+    assert np.isclose(float(one["mean"]), logged[2], rtol=1e-4) and one["low"] == one["high"] == one["mean"]
+    two = found["internal", "mse", "10"]
+    assert float(two["low"]) <= float(two["mean"]) <= float(two["high"])
+    write_episode(tmp_path / "other", make_rows(24, seed=9))
+    write_episode(tmp_path / "other", make_rows(24, seed=10))
+    capsys.readouterr()
+    assert openloop.main(["--data", str(tmp_path / "other"), "--runs", logdirs[2], "--out", str(out)]) == 0
+    assert "6 episodes, 2 of them held out" in capsys.readouterr().out
+    for argv in (["--data", str(data)], [logdirs[0], "--data", str(data), "--runs", logdirs[0]], []):
+        assert openloop.main([*argv, "--out", str(out)]) == 2
+        assert "name a LOGDIR, or --data with --runs" in capsys.readouterr().err

@@ -52,7 +52,8 @@ def find_commands() -> list[list[str]]:
 
 
 COMMANDS = find_commands()
-TRAINING = [words[words.index("dreamer.py") + 1 :] for words in COMMANDS if {"dreamer.py", "--task"} <= {*words}]
+TRAINING = [words for words in COMMANDS if {"dreamer.py", "--task"} <= {*words} and "--record" not in words]
+TRAINING = [words[words.index("dreamer.py") + 1 :] for words in TRAINING]
 
 
 def value(argv: list[str], option: str) -> str:
@@ -157,7 +158,10 @@ def test_commands_use_options_that_their_programs_have():
 
 
 def test_options_presets_methods_and_tasks_exist():
-    scripts = [ROOT / "setup/sweep.sh", ROOT / "setup/download.py", *(ROOT / "figures").glob("*.py")]
+    scripts = [
+        *(ROOT / "setup" / name for name in ("sweep.sh", "download.py", "expert.py")),
+        *(ROOT / "figures").glob("*.py"),
+    ]
     scripts += [*(ROOT / "tests/bench").glob("*.py"), *(ROOT / "tests/upstream").glob("*.py")]
     known = OPTIONS.union(*OTHER_PROGRAMS.values(), *(re.findall(r"--(\w+)", file.read_text()) for file in scripts))
     assert {name for text in READMES for name in re.findall(r"--(\w[\w.]*)", text)} - known == set()
@@ -173,8 +177,9 @@ def test_options_presets_methods_and_tasks_exist():
 
 
 def first_column(header: str) -> list[str]:
-    """The code at the beginning of each row of the main README's table with this header."""
-    return re.findall(r"^\| `([^`]+)`", README.split(header)[1].split("\n\n")[0], re.MULTILINE)
+    """The code in the first cell of each row of the main README's table with this header."""
+    rows = re.findall(r"^\| (`.+?) \|", README.split(header)[1].split("\n\n")[0], re.MULTILINE)
+    return [code for cell in rows for code in re.findall(r"`([^`]+)`", cell)]
 
 
 def test_files_exist():

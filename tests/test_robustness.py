@@ -1,7 +1,9 @@
 """Robustness: measures against naive loops, paired observations in real simulators, the command and its picture."""
 
+import copy
 import csv
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from figures import robustness
 from tests.helpers import SMALL
 
 TASK = "dmc_cartpole_balance_video"
-SHORT = f"{SMALL} --task {TASK} --img_source color --size 32,32 --time_limit 16 --envs 1 --parallel False".split()
+SHORT = f"{SMALL} --task {TASK} --img_source color --size 32,32 --time_limit 64 --envs 1 --parallel False".split()
+ONCE = torch.ones(1, 4, dtype=torch.float64)  # weights of four episodes
 
 
 def make_agent(*argv: str):
@@ -29,67 +32,126 @@ def make_agent(*argv: str):
     return agent, config
 
 
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def diagnose(agent: dreamer.Agent, episodes: paired.Paired) -> dict[str, models.Estimate]:
+    return models.diagnose(agent.world_model, agent.actor_critic, *episodes)
+
+
 @pytest.fixture(scope="module")
 def rendered():
     check_rendering()
     config = tools.load_config(SHORT)
-    return paired.render(TASK, dreamer.env_options(config), draws=3, episodes=2, steps=5)
+    return paired.render(TASK, dreamer.env_options(config), draws=3, episodes=6, steps=16)
+
+
+# --- measures -------------------------------------------------------------------------------------------------------
 
 
 def test_denoising_factor_against_its_definition():
-    latent = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    points = list(itertools.product(range(3), range(4)))
+    latent = noise(3, 2, 2, 6)
+    points = list(itertools.product(range(3), range(2), range(2)))
     same, other = [], []
-    for (k, s), (j, u) in itertools.product(points, points):
-        distance = float((latent[k, s] - latent[j, u]).norm())
+    for (k, *s), (j, *u) in itertools.product(points, points):
+        distance = float((latent[k, *s] - latent[j, *u]).norm())
         if s != u:
             other.append(distance)
         elif k != j:
             same.append(distance)
     same, other = np.mean(same), np.mean(other)
-    assert models.denoising_factor(latent) == pytest.approx(
-        {"denoising_factor": (other - same) / (other + same), "same": same, "other": other}
+    assert models.denoising_factor(latent, ONCE[:, :2]).item() == pytest.approx((other - same) / (other + same))
+
+
+def test_prediction_consistency_against_its_definition():
+    """With P in units of the spread of the clean imaginations, and the radius relative to other states."""
+    clean, distracted = noise(4, 2, 3, 5), noise(2, 4, 2, 3, 5, seed=1)
+    spread = clean.reshape(-1, 5).var(0).sum().sqrt()
+    states = list(itertools.product(range(4), range(2)))
+
+    def acpc(z, other):
+        return math.sqrt(np.mean([float((z[h] - other[h]).square().sum()) for h in range(3)]))
+
+    pairs = [acpc(clean[s], distracted[k, *s]) for k in range(2) for s in states]
+    between = np.mean([acpc(clean[s], clean[u]) for s, u in itertools.product(states, states) if s != u])
+    value, radius = models.prediction_consistency(clean, distracted, ONCE)
+    assert value.item() == pytest.approx(np.mean(pairs) / float(spread))
+    assert radius.item() == pytest.approx(sorted(pairs)[math.ceil(0.95 * len(pairs)) - 1] / between)
+    unrelated = models.prediction_consistency(
+        noise(40, 2, 3, 50), noise(2, 40, 2, 3, 50, seed=1), torch.ones(1, 40).double()
     )
+    assert [x.item() for x in unrelated] == pytest.approx([math.sqrt(2), 1.0], abs=0.15)
 
 
-def test_errors_are_jackknife_errors_over_draws(rendered):
-    """Against a loop that leaves out one draw at a time; there are none for two draws."""
-    agent, _ = make_agent()
-    torch.nn.init.normal_(agent.actor_critic.critic.out.weight)
-    (obs, actions), networks = rendered, (agent.world_model, agent.actor_critic)
-    metrics = models.measure_robustness(*networks, obs, actions)
-    left_out = []
-    for k in range(3):
-        pair = {key: np.delete(value, k, 0) for key, value in obs.items()}
-        left_out.append(models.measure_robustness(*networks, pair, actions))
-        assert not any(key.endswith("_error") for key in left_out[-1])
-    for name in models.ROBUSTNESS:
-        values = np.array([numbers[name] for numbers in left_out])
-        error = np.sqrt(2 / 3 * ((values - values.mean()) ** 2).sum())
-        assert error > 1e-4 and metrics[f"{name}_error"] == pytest.approx(error, rel=1e-3)
+def test_a_probe_reads_what_is_linear_in_the_latent_and_nothing_else():
+    state, weights = noise(12, 20, 2), torch.ones(1, 12).double()
+    readable = torch.cat([state @ noise(2, 6, seed=1), noise(12, 20, 30, seed=2)], -1)[None] * 100.0 + 5.0
+    assert models.probe_r2(readable, state, weights).item() > 0.95
+    assert models.probe_r2(readable[..., 6:], state, weights).item() < 0.05
+    half = torch.cat([readable[..., :6] + 1e3, readable[..., 6:]], -1)
+    with_constant = torch.cat([state[..., :1], torch.full_like(state[..., :1], 3.0)], -1)
+    assert models.probe_r2(half, with_constant, weights).item() > 0.95  # a constant coordinate does not count
+
+
+def test_weights_count_episodes():
+    """A bootstrap sample is measured like the episodes in it; what occurs twice is no pair of different states."""
+    latent, other, x = noise(3, 4, 5, 6), noise(3, 4, 2, 3, 6, seed=1), noise(3, 4, 5, 2, seed=2)
+    weights, kept = torch.tensor([[1.0, 0.0, 1.0, 1.0]]).double(), [0, 2, 3]
+    twice, drawn = torch.tensor([[2.0, 0.0, 1.0, 1.0]]).double(), [0, 0, 2, 3]
+
+    def measures(episodes, weights):
+        yield models.denoising_factor(latent[:, episodes], weights)
+        yield from models.prediction_consistency(other[0, episodes], other[1:, episodes], weights)
+        yield models.agreement(x[:, episodes], weights)
+        yield models.r2(x[:, episodes], latent[0, episodes, :, :2], weights)
+
+    everything = [0, 1, 2, 3]
+    assert [m.item() for m in measures(everything, weights)] == pytest.approx(
+        [m.item() for m in measures(kept, torch.ones(1, 3).double())]
+    )
+    for a, b in list(zip(measures(everything, twice), measures(drawn, ONCE), strict=True))[3:]:
+        assert a.item() == pytest.approx(b.item())
+
+
+def test_intervals_cover_the_truth():
+    """The agreement of draws with half the variance is 1/2; most intervals from 16 episodes contain it."""
+    weights, hits = models.episode_weights(16), 0
+    assert (weights.sum(1) == 16).all() and torch.equal(weights, models.episode_weights(16))
+    for seed in range(60):
+        x = noise(1, 16, 10, 1, seed=seed) + noise(3, 16, 10, 1, seed=1000 + seed)
+        found = models.estimate(models.agreement(x, weights))
+        assert found.low < found.value < found.high
+        hits += found.low < 0.5 < found.high
+    assert hits >= 50
 
 
 def test_extremes():
     """1 if only the state matters; agreement about 0 and factor below 0 if only the draw matters."""
-    x = torch.randn(1, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    states, draws = x.expand(40, -1, -1), x[:, :40].transpose(0, 1).expand(-1, 50, -1)
-    assert models.denoising_factor(states)["denoising_factor"] == pytest.approx(1.0)
-    assert models.agreement(states) == pytest.approx(1.0)
-    assert models.denoising_factor(draws)["denoising_factor"] < 0
-    assert abs(models.agreement(draws)) < 0.05
+    x, weights = noise(1, 10, 5, 3), torch.ones(1, 10).double()
+    states, draws = x.expand(40, -1, -1, -1), x[:, :8].reshape(40, 1, 1, 3).expand(-1, 10, 5, -1)
+    assert models.denoising_factor(states[:4], weights).item() == pytest.approx(1.0)
+    assert models.agreement(states, weights).item() == pytest.approx(1.0)
+    assert models.denoising_factor(draws[:4], weights).item() < 0
+    assert abs(models.agreement(draws, weights).item()) < 0.05
+
+
+# --- agents ---------------------------------------------------------------------------------------------------------
 
 
 def test_one_state_under_many_distractions(rendered):
-    obs, actions = rendered
-    assert obs["image"].shape == (3, 2, 5, 32, 32, 3) and actions.shape == (2, 5, 1)
+    clean, distracted, actions, rewards = rendered
+    assert distracted["image"].shape == (3, 6, 16, 32, 32, 3) and clean["image"].shape == (6, 16, 32, 32, 3)
+    assert actions.shape == (6, 16, 1) and (rewards[:, 0] == 0).all() and (rewards[:, 1:] > 0).all()
     for key in ("position", "velocity"):
-        assert (obs[key] == obs[key][:1]).all() and not (obs[key][:, :, 0] == obs[key][:, :, -1]).all()
-        assert not (obs[key][:, 0] == obs[key][:, 1]).all(), "both episodes start alike"
-    for a, b in itertools.combinations(range(3), 2):
-        assert not (obs["image"][a] == obs["image"][b]).all()
-    moved = dict(obs, position=obs["position"] + 1)
+        values = distracted[key]
+        assert (values == clean[key]).all() and not (values[:, :, 0] == values[:, :, -1]).all()
+        assert not (values[:, 0] == values[:, 1]).all(), "both episodes start alike"
+    for a, b in itertools.combinations([*distracted["image"], clean["image"]], 2):
+        assert not (a == b).all()
+    moved = dict(distracted, position=distracted["position"] + 1)
     with pytest.raises(RuntimeError, match="position differs"):
-        envs.check_same_state(moved, obs)
+        envs.check_same_state(moved, distracted)
 
 
 def test_an_agent_that_sees_no_picture_is_perfectly_robust(rendered):
@@ -97,56 +159,136 @@ def test_an_agent_that_sees_no_picture_is_perfectly_robust(rendered):
     pixels, _ = make_agent()
     for agent in (vectors, pixels):
         torch.nn.init.normal_(agent.actor_critic.critic.out.weight)  # initialised to zero
+        agent.actor_critic.updates += 1
     before = torch.get_rng_state()
-    blind, seeing = (models.measure_robustness(a.world_model, a.actor_critic, *rendered) for a in (vectors, pixels))
+    blind, seeing = (diagnose(agent, rendered) for agent in (vectors, pixels))
     assert torch.equal(before, torch.get_rng_state())
-    assert [blind[name] for name in models.ROBUSTNESS] == pytest.approx([1.0] * 3)
-    assert [blind[f"{name}_error"] for name in models.ROBUSTNESS] == pytest.approx([0.0] * 3, abs=1e-6)
-    assert all(seeing[name] < 0.99 for name in models.ROBUSTNESS)
+    ideal = {"denoising_factor": 1, "acpc": 0, "invariance_radius": 0, "action_agreement": 1, "value_agreement": 1}
+    for name, value in ideal.items():
+        assert blind[name] == pytest.approx((value, value, value), abs=1e-5)
+        assert abs(seeing[name].value - value) > 0.01 and seeing[name].low < seeing[name].value < seeing[name].high
+    assert blind["probe_r2"].value > 0.5 > seeing["probe_r2"].value
+
+
+def train(agent: dreamer.Agent, episodes: paired.Paired, updates: int) -> None:
+    """Learn from distracted episodes; the actor in the last ten updates only."""
+    rng, count, steps = np.random.default_rng(0), len(episodes.actions), episodes.actions.shape[1]
+    obs = {key: value.reshape(-1, *value.shape[2:]) for key, value in episodes.distracted.items()}
+    for update in range(updates):
+        rows = rng.choice(len(obs["image"]), 8, replace=False)
+        batch = {key: torch.as_tensor(value[rows]) for key, value in obs.items()}
+        batch["action"] = torch.as_tensor(episodes.actions[rows % count])
+        batch["reward"] = torch.as_tensor(episodes.rewards[rows % count])
+        batch["is_first"] = (torch.arange(steps) == 0).repeat(8, 1)
+        batch["is_terminal"] = torch.zeros(8, steps, dtype=torch.bool)
+        agent.update(batch, behavior=update >= updates - 10)
+
+
+def test_a_trained_an_untrained_and_a_constant_network(rendered):
+    """Trained to know the state from distracted pictures; a network with a constant latent looks good nowhere."""
+    method = "--method dreamer --decoder.mlp_keys .* --decoder.cnn_keys $^ --model_lr 2e-3 --encoder.cnn_depth 8"
+    trained, config = make_agent(*method.split())
+    untrained = copy.deepcopy(trained)
+    constant = copy.deepcopy(trained)
+    for parameter in constant.world_model.dynamics.parameters():
+        parameter.data.zero_()
+    train(trained, paired.render(TASK, dreamer.env_options(config), draws=2, episodes=12, steps=16, seed=1), 300)
+    constant.actor_critic.updates += 1
+    good, random, none = (diagnose(agent, rendered) for agent in (trained, untrained, constant))
+    assert good["denoising_factor"].value > random["denoising_factor"].high
+    assert (
+        good["acpc"].value < random["acpc"].value
+        and good["invariance_radius"].value < random["invariance_radius"].value
+    )
+    assert good["probe_r2"].value > max(0.1, random["probe_r2"].value)
+    assert good["reward_r2"].value > random["reward_r2"].value
+    assert math.isfinite(good["action_agreement"].value)  # ten updates make no policy
+    assert math.isnan(random["action_agreement"].value) and math.isnan(random["value_agreement"].value)
+    for name in models.DIAGNOSTICS:
+        if name in ("probe_r2", "reward_r2"):
+            assert none[name].value < 0.01
+        else:
+            assert all(map(math.isnan, none[name])), name
+
+
+@pytest.mark.parametrize("method", dreamer.METHODS)
+def test_every_method_is_measured(method, rendered):
+    agent, _ = make_agent("--method", method, "--dyn_discrete", "0" if method == "rssm" else "4")
+    found = diagnose(agent, rendered)
+    assert list(found) == list(models.DIAGNOSTICS)
+    undefined = {name for name, estimate in found.items() if math.isnan(estimate.value)}
+    assert undefined == {"action_agreement", "value_agreement"}  # no actor is trained
+    clean = diagnose(agent, rendered._replace(distracted=None))
+    assert list(clean) == ["probe_r2", "reward_r2"] and all(map(math.isfinite, clean["probe_r2"]))
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def row(run: str, measure: str, value: float, clips: str = "") -> dict:
+    return dict(zip(robustness.COLUMNS, (run, TASK, clips, measure, value, value - 0.1, value + 0.2, 16), strict=True))
 
 
 def test_picture():
     """Two trained runs and their untrained networks have four styles, and every bar its interval."""
-    rows = []
-    for run, name in itertools.product(("log/a/0", "log/b/0"), ("", " untrained")):
-        numbers = dict.fromkeys(models.ROBUSTNESS, 0.5) | {f"{key}_ci": 0.1 for key in models.ROBUSTNESS}
-        rows.append({"run": run + name, "task": TASK} | numbers | {"value_agreement": np.nan})
-    figure = robustness.draw(rows, {TASK: np.zeros((4, 32, 32, 3), np.uint8)})
-    *_, bars = figure.subfigs[1].axes
-    assert len(figure.subfigs[1].axes) == 2  # the value agreement of a constant value is NaN
-    styles = {(bar.get_facecolor(), bar.get_hatch()) for bar in bars.patches}
-    assert len(styles) == 4 and len(bars.collections) == 4
+    runs = [run + name for run in ("log/a/0", "log/b/0") for name in ("", " untrained")]
+    rows = [row(run, "acpc", 0.5, clips) for clips in ("seen", "unseen") for run in runs]
+    rows += [row(run, "value_agreement", np.nan if "untrained" in run else 0.9) for run in runs]
+    figure = robustness.draw(rows, {"video seen": np.zeros((4, 32, 32, 3), np.uint8)})
+    acpc, agreement = figure.subfigs[1].axes
+    assert [label.get_text() for label in acpc.get_xticklabels()] == ["video\nseen", "video\nunseen"]
+    assert [text.get_text().strip() for text in agreement.texts] == ["undefined"] * 2
+    styles = {(bar.get_facecolor(), bar.get_hatch()) for bar in acpc.patches}
+    assert len(styles) == 4 and len(acpc.collections) == 4
+    ends = acpc.collections[0].get_segments()[0][:, 1]
+    assert ends == pytest.approx([0.4, 0.7])
     labels = [text.get_text() for text in figure.subfigs[1].legends[0].get_texts()]
     assert labels == ["a/0", "a/0, untrained", "b/0", "b/0, untrained"]
     robustness.plot.plt.close(figure)
     assert robustness.short_names(["x/log/full/0"]) == {"x/log/full/0": "full/0"}
 
 
-def test_command(tmp_path, capsys, monkeypatch):
-    agent, config = make_agent()
-    tools.save_config(config, tmp_path, [])
-    tools.save_checkpoint(tmp_path / "latest.pt", {"agent": agent.state_dict()})
+def test_command(tmp_path, capsys):
+    """A dark clip and a bright one, which is held out; runs without and with a trained actor."""
+    for level in (20, 140):
+        frames = [np.full((64, 64, 3), shade, np.uint8) for shade in range(level, level + 100, 10)]
+        tools.save_mp4(tmp_path / f"{level}.mp4", np.stack(frames), 10)
+    clips = f"--img_source video --resource_files {tmp_path}/*.mp4 --eval_resource_files {tmp_path}/140.mp4".split()
+    agent, config = make_agent(*clips)
+    for name in ("offline", "run"):
+        (tmp_path / name).mkdir()
+        tools.save_config(config, tmp_path / name, [])
+        tools.save_checkpoint(tmp_path / name / "latest.pt", {"agent": agent.state_dict()})
+        agent.actor_critic.updates += 1
     out = tmp_path / "found.png"
-    small = ["--draws", "3", "--steps", "3", "--episodes", "2", "--out", str(out)]
-    assert robustness.main([str(tmp_path), *small]) == 0, capsys.readouterr().err
+    small = ["--draws", "2", "--trajectories", "3", "--steps", "3", "--episodes", "2", "--out", str(out)]
+    runs = [str(tmp_path / name) for name in ("offline", "run")]
+    assert robustness.main([*runs, *small, "--player", runs[1]]) == 0, capsys.readouterr().err
     with open(tmp_path / "found.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["run"], row["task"]) for row in rows] == [
-        (str(tmp_path), "dmc_cartpole_balance"),
-        (str(tmp_path), TASK),
-        (f"{tmp_path} untrained", TASK),
-    ]
-    # The weights have the same seed, so both rows agree except for the return.
-    assert [rows[1][name] for name in models.ROBUSTNESS[:2]] == [rows[2][name] for name in models.ROBUSTNESS[:2]]
-    assert float(rows[1]["of_clean"]) == pytest.approx(float(rows[1]["return"]) / float(rows[0]["return"]))
-    assert float(rows[1]["denoising_factor_ci"]) > 0 and float(rows[1]["return_ci"]) >= 0
+    assert tuple(rows[0]) == robustness.COLUMNS
+    found = {(row["run"], row["task"], row["clips"], row["measure"]): row for row in rows}
+    assert len(found) == len(rows)
+    clean = TASK.removesuffix("_video")
+    places = [(clean, ""), (TASK, "seen"), (TASK, "unseen")]
+    for run, where in itertools.product([*runs, *(f"{run} untrained" for run in runs)], places):
+        measured = {key[3] for key in found if key[:3] == (run, *where)} - {"return"}
+        assert measured == ({"probe_r2", "reward_r2"} if where[0] == clean else set(models.DIAGNOSTICS))
+    assert [key[:3] for key in found if key[3] == "return"] == [(runs[1], *where) for where in places]
+    # The weights of all have the same seed.
+    factors = {(key[2], row["value"]) for key, row in found.items() if key[3] == "denoising_factor"}
+    assert len(factors) == 2 and len({value for _, value in factors}) == 2
+    first = found[runs[1], TASK, "seen", "denoising_factor"]
+    assert float(first["low"]) < float(first["value"]) < float(first["high"]) and first["n"] == "3"
     assert out.stat().st_size > 1000 and out.with_suffix(".pdf").exists()
-    assert "denoising_factor" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"{name}: {meaning}" in printed for name, meaning in robustness.MEASURES.items())
+    assert "undefined: what the measure relates to" in printed
     for argv, hint in {
         (str(tmp_path / "no"),): "holds no run",
-        (str(tmp_path), "--task", "dmc_walker_stand_video"): "give variants of dmc_cartpole_balance",
-        (str(tmp_path), "--draws", "1"): "--draws and --steps take at least 2",
-        (str(tmp_path), "--out", "x.gif"): "must be one of .png, .pdf, .svg",
+        (runs[0], "--task", "dmc_walker_stand_video"): "give variants of dmc_cartpole_balance",
+        (runs[0], "--draws", "1"): "--draws and --steps take at least 2",
+        (runs[0], "--out", "x.gif"): "must be one of .png, .pdf, .svg",
     }.items():
         assert robustness.main(["--out", str(out), *argv]) == 2
         err = capsys.readouterr().err

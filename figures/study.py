@@ -1,0 +1,232 @@
+"""The tables and pictures of setup/study.sh, from the folders of its runs.
+
+python figures/study.py ./study
+
+A run is STUDY/PART/TASK/METHOD/SEED. Three tables in --out keep what was ever measured, also of runs that are not in
+STUDY any more, so a study may be made in pieces and on several machines:
+
+- study_runs.csv: a row per finished run: length, hours, commit, device, command.
+- study_values.csv: a row per run, step and metric: evaluation returns, and what world models know of held-out episodes.
+- study_robustness.csv: a row per run, clips and measure, from STUDY/robustness_*.csv of figures/robustness.py.
+
+From these: study.md, a table per part and task of means over seeds with 95% intervals (bootstrap over seeds, 10,000
+resamplings), and differences to HRSSM paired by seed; study_control.png and study_representation.png. Where an interval
+of a difference contains 0 the seeds do not tell the methods apart. With two seeds an interval is the range.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
+import argparse
+import csv
+import json
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+import tools
+from figures import plot
+
+RESULTS = Path(__file__).parent / "results"
+METRICS = ("eval/return", "eval/seen/return", "eval/unseen/return", "offline/reward_r2")
+RUNS = ("part", "task", "method", "seed", "steps", "hours", "commit", "device", "command")
+VALUES = ("part", "task", "method", "seed", "step", "metric", "value")
+MEASURES = ("part", "task", "method", "seed", "clips", "measure", "value")
+NAMES = {"neither": "neither loss", "nomlr": "no latent reconstruction", "nosimsr": "no bisimulation"} | plot.METHODS
+BASE = "hrssm"  # the method that others are compared with
+
+
+class Cell(NamedTuple):
+    part: str
+    task: str
+    method: str
+    seed: str
+
+
+def cell(study: Path, logdir: Path) -> Cell:
+    return Cell(*logdir.relative_to(study).parts)
+
+
+def merge(path: Path, columns: tuple[str, ...], rows: list[list], keys: int) -> list[dict[str, str]]:
+    """Write `rows` over those of `path` with the same first `keys` columns; returns all, sorted."""
+    known = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            known = {tuple(row.values())[:keys]: tuple(row.values()) for row in csv.DictReader(file)}
+    text = [tuple(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row) for row in rows]
+    known |= {row[:keys]: row for row in text}
+    ordered = sorted(known.values(), key=lambda row: [plot.natural(Path(part)) for part in row[:keys]])
+    plot.write_csv(path, columns, ordered)
+    return [dict(zip(columns, row, strict=True)) for row in ordered]
+
+
+def collect(study: Path) -> tuple[list[list], list[list]]:
+    """Rows of RUNS (finished ones) and VALUES (all)."""
+    runs, values = [], []
+    for logdir in plot.find_runs([str(study)]):
+        if len(logdir.relative_to(study).parts) != len(Cell._fields):
+            continue
+        own, rows = cell(study, logdir), plot.read_rows(logdir)
+        for row in rows:
+            values += [[*own, str(row["step"]), metric, float(row[metric])] for metric in METRICS if metric in row]
+        if (logdir / "sweep.done").exists():
+            saved = json.loads((logdir / "config.json").read_text())
+            made = saved["runs"][-1]
+            hours = max(row.get("time", 0.0) for row in rows) / 3600
+            # Folders of one machine mean nothing on another.
+            command = " ".join(re.sub(r"(^|=)/.*/", r"\1", token) for token in made["command"])
+            about = made["git"]["commit"], f"{made['device']}, torch {made['versions']['torch']}", command
+            runs.append([*own, str(saved["config"]["steps"]), float(hours), *about])
+    return runs, values
+
+
+def collect_robustness(study: Path) -> list[list]:
+    """Rows of MEASURES. Without distraction `clips` is `clean`; HRSSM's initial weights are the method `untrained`."""
+    found = []
+    for path in sorted(study.glob("robustness_*.csv")):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                logdir, _, untrained = row["run"].partition(" ")
+                own = cell(study, Path(logdir))
+                if untrained and own.method != BASE:
+                    continue
+                own = own._replace(method="untrained") if untrained else own
+                clips = row["clips"] or ("clean" if row["task"] != own.task else "")
+                found.append([*own, clips, row["measure"], row["value"]])
+    return found
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of `values` (n,) and its 95% interval over seeds; NaN for a single one."""
+    if len(values) < 2:
+        return float(values.mean()), np.nan, np.nan
+    drawn = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
+    return float(values.mean()), *np.percentile(drawn, [2.5, 97.5]).tolist()
+
+
+def shown(values: Iterable[float], digits: int) -> str:
+    mean, low, high = bootstrap(np.array(list(values)))
+    return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Markdown of measure -> method -> seed -> value: means, and differences to BASE paired by seed."""
+    methods = plot.unique(method for measure in results.values() for method in measure)
+    lines = [f"| | {' | '.join(NAMES.get(method, method) for method in methods)} |", "|---" * (len(methods) + 1) + "|"]
+    for measure, by_method in results.items():
+        digits = 1 if "return" in measure else 2
+        cells = [shown(by_method[m].values(), digits) if m in by_method else "" for m in methods]
+        lines.append(f"| {measure} | {' | '.join(cells)} |")
+        base, paired = by_method.get(BASE, {}), []
+        for method in methods:
+            both = base.keys() & by_method.get(method, {}).keys() if method != BASE else ()
+            paired.append(shown((base[s] - by_method[method][s] for s in sorted(both)), digits) if both else "")
+        if any(paired):
+            lines.append(f"| HRSSM minus this | {' | '.join(paired)} |")
+    seeds = {len(by_seed) for measure in results.values() for by_seed in measure.values()}
+    return [*lines, "", f"Seeds: {min(seeds)}" + (f" to {max(seeds)}." if max(seeds) > min(seeds) else ".")]
+
+
+def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str], dict]:
+    """(part, task) -> measure -> method -> seed -> value: each run's last value, at the step that all have reached."""
+    found = {}
+    for part, task in plot.unique((row["part"], row["task"]) for row in values):
+        rows = [row for row in values if (row["part"], row["task"]) == (part, task)]
+        by_metric = found.setdefault((part, task), {})
+        for metric in plot.unique(row["metric"] for row in rows):
+            runs = {}
+            for row in (row for row in rows if row["metric"] == metric):
+                runs.setdefault((row["method"], row["seed"]), {})[int(row["step"])] = float(row["value"])
+            common = set.intersection(*(set(run) for run in runs.values()))
+            if not common:
+                continue
+            step = max(common)
+            unit = "updates" if part == "representation" else "frames"
+            by_method = by_metric.setdefault(f"{metric} at {step:,} {unit}", {})
+            for (method, seed), run in runs.items():
+                by_method.setdefault(method, {})[seed] = run[step]
+    for row in measures:
+        where = {"": "", "clean": ", clean"}.get(row["clips"], f", {row['clips']} clips")
+        name = row["measure"].replace("_", " ") + where
+        if row["value"] not in ("", "nan"):
+            by_metric = found.setdefault((row["part"], row["task"]), {})
+            by_metric.setdefault(name, {}).setdefault(row["method"], {})[row["seed"]] = float(row["value"])
+    return found
+
+
+def draw_curves(values: list[dict], part: str, metrics: tuple[str, ...], label: str, path: Path) -> None:
+    """A panel per task: the mean over seeds of the first of `metrics` that its runs have, and every seed, faint."""
+    rows = [row for row in values if row["part"] == part and row["metric"] in metrics]
+    tasks, methods = plot.unique(row["task"] for row in rows), plot.unique(row["method"] for row in rows)
+    figure, axes = plt.subplots(
+        1, len(tasks), squeeze=False, figsize=(3.4 * len(tasks), 3.2), layout="constrained", sharey=True
+    )
+    for axis, task in zip(axes[0], tasks, strict=True):
+        own = [row for row in rows if row["task"] == task]
+        metric = next(metric for metric in metrics if any(row["metric"] == metric for row in own))
+        for method in methods:
+            runs = {}
+            for row in (row for row in own if row["metric"] == metric and row["method"] == method):
+                runs.setdefault(row["seed"], {})[int(row["step"])] = float(row["value"])
+            if not runs:
+                continue
+            color = plot.COLORS[methods.index(method) % len(plot.COLORS)]
+            for run in runs.values():
+                axis.plot(run.keys(), run.values(), color=color, alpha=0.35, lw=0.8)
+            steps = sorted(set.intersection(*(set(run) for run in runs.values())))
+            mean = [np.mean([run[step] for run in runs.values()]) for step in steps]
+            name = f"{NAMES.get(method, method)} ({plot.plural(len(runs))})"
+            axis.plot(steps, mean, color=color, lw=1.8, marker="o", ms=3, label=name)
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("updates" if part == "representation" else "environment frames")
+        axis.xaxis.set_major_formatter(plot.frames)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7, frameon=False)
+    axes[0, 0].set_ylabel(label)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("study", nargs="?", help="folder of setup/study.sh; without it the tables in --out are used")
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the tables (default figures/results)")
+    args = parser.parse_args(argv)
+    out, study = Path(args.out), Path(args.study or ".")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        runs, values = collect(study) if args.study else ([], [])
+        measures = collect_robustness(study) if args.study else []
+        merge(out / "study_runs.csv", RUNS, runs, 4)
+        all_values = merge(out / "study_values.csv", VALUES, values, 6)
+        all_measures = merge(out / "study_robustness.csv", MEASURES, measures, 6)
+        if not all_values:
+            raise tools.UserError(f"no run of the study in {study}, and none in {out}: setup/study.sh makes them")
+        lines = []
+        for (part, task), results in sorted(last_values(all_values, all_measures).items()):
+            lines += [f"## {part}, {task}", "", *table(results), ""]
+        (out / "study.md").write_text("\n".join(lines))
+        parts = {row["part"] for row in all_values}
+        if "control" in parts:
+            metrics = "eval/unseen/return", "eval/return"
+            draw_curves(all_values, "control", metrics, "return (unseen clips)", out / "study_control.png")
+        if "representation" in parts:
+            metrics = ("offline/reward_r2",)
+            draw_curves(all_values, "representation", metrics, "reward $R^2$", out / "study_representation.png")
+        print("\n".join(lines))
+    except (tools.UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,137 @@
+"""setup/study.sh plans runs that dreamer.py accepts and counts those that are finished; figures/study.py's tables."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tools
+from figures import study
+from tests.helpers import ROOT
+from tests.test_figures import write_run
+
+RECORD = "import json, sys\nopen({path!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The scripts in a checkout whose dreamer.py writes down its arguments, and a function that runs study.sh there."""
+    (tmp_path / "setup").mkdir()
+    for name in ("study.sh", "sweep.sh"):
+        shutil.copy(ROOT / "setup" / name, tmp_path / "setup")
+    (tmp_path / "dreamer.py").write_text(RECORD.format(path=str(tmp_path / "calls.jsonl")))
+
+    def run(arguments):
+        environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = [tmp_path / "setup/study.sh", "--out", tmp_path / "study", *arguments.split()]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def counts(result):
+    assert result.returncode == 0, result.stderr
+    return {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()[1:]}
+
+
+def test_every_planned_run_has_options_that_exist(checkout, tmp_path):
+    done = checkout("--seeds 3 --tasks dmc_walker_stand_video,dmc_walker_stand,dmc_ball_in_cup_catch --jobs 8 "
+                    "data representation control masks sparse")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    assert len(calls) == 1 + 10 + 2 * 4 + 5 + 3
+    for call in calls:
+        config = tools.load_config(call)
+        assert config.seed == (0 if "/data/" in config.logdir else 3)
+        assert bool(config.holdout_clips) == ("video" in config.task)
+        data = str(tmp_path / "study/data/dmc_walker_stand_video/full/0/replay")
+        assert config.offline_traindir == (data if "/representation/" in config.logdir else "")
+    methods = {tools.load_config(call).method for call in calls}
+    assert methods == {"hrssm", "dreamer", "rssm", "repo", "r2dreamer"}
+    # the same command again finds everything done
+    assert checkout("--seeds 3 --tasks dmc_walker_stand --jobs 8 control").returncode == 0
+    assert len((tmp_path / "calls.jsonl").read_text().splitlines()) == len(calls)
+
+
+def test_status_counts_runs_here_and_in_the_committed_table(checkout, tmp_path):
+    assert counts(checkout("--status --seeds 0,1"))["control"] == ["0", "48"]
+    (tmp_path / "figures/results").mkdir(parents=True)
+    table = "part,task,method,seed,steps,hours,commit,device,command\n"
+    table += "control,dmc_walker_stand,hrssm,1,40000,1,c,cpu,x\ncontrol,dmc_walker_stand,hrssm,10,40000,1,c,cpu,x\n"
+    (tmp_path / "figures/results/study_runs.csv").write_text(table)
+    run = tmp_path / "study/control/dmc_walker_stand/rssm/0"
+    run.mkdir(parents=True)
+    (run / "sweep.done").write_text("")
+    found = counts(checkout("--status --seeds 0,1"))
+    assert found["control"] == ["2", "48"] and found["representation"] == ["0", "60"]
+
+
+@pytest.mark.parametrize("arguments", ["--seeds x", "--frames 3", "controls", "--jobs"])
+def test_bad_arguments(arguments, checkout):
+    done = checkout(arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two methods with three seeds each: HRSSM 10 above its twin of the same seed, whatever the seed."""
+    for seed, level in enumerate((100.0, 200.0, 600.0)):
+        for method, extra in (("hrssm", 10.0), ("dreamer", 0.0)):
+            folder = tmp_path / "study/control/dmc_walker_stand" / method / str(seed)
+            values = [1.0, level + extra, -5.0][: 2 + (seed == 2)]  # one run is further than the others
+            write_run(folder, values, seed=seed, method=method)
+            (folder / "sweep.done").write_text("")
+    return tmp_path
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables(runs, capsys):
+    out = runs / "out"
+    assert study.main([str(runs / "study"), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "| | DreamerV3 | HRSSM |" in text and "eval/return at 200 frames" in text
+    assert "| HRSSM minus this | 10.0 [10.0, 10.0] |  |" in text  # paired: seeds differ much more than methods
+    assert "| 300.0 [100.0, 600.0] | 310.0 [110.0, 610.0] |" in text and "Seeds: 3." in text
+    assert len(rows(out / "study_runs.csv")) == 6 and len(rows(out / "study_values.csv")) == 14
+    commands = [row["command"] for row in rows(out / "study_runs.csv")]
+    assert not any(str(runs) in command for command in commands) and all("--seed" in command for command in commands)
+    assert {path.name for path in out.glob("*.png")} == {"study_control.png"}
+
+
+def test_tables_keep_runs_of_other_machines_and_take_new_values(runs, capsys):
+    out = runs / "out"
+    assert study.main([str(runs / "study"), "--out", str(out)]) == 0
+    before = (out / "study_values.csv").read_text()
+    shutil.rmtree(runs / "study/control/dmc_walker_stand/dreamer")
+    path = runs / "study/control/dmc_walker_stand/hrssm/0"
+    write_run(path, [1.0, 111.0], seed=0, method="hrssm")
+    assert study.main([str(runs / "study"), "--out", str(out)]) == 0
+    after = (out / "study_values.csv").read_text()
+    assert after == before.replace("hrssm,0,200,eval/return,110", "hrssm,0,200,eval/return,111") != before
+    assert study.main(["--out", str(out)]) == 0 and (out / "study_values.csv").read_text() == after
+
+
+def test_robustness_of_runs_is_taken_over(runs, capsys):
+    logdir = runs / "study/control/dmc_walker_stand"
+    lines = ["run,task,clips,measure,value,low,high,n"]
+    for run, value in (("hrssm/0", 0.5), ("dreamer/0", 0.25), ("hrssm/0 untrained", 0.1), ("dreamer/0 untrained", 0.1)):
+        lines.append(f"{logdir}/{run},dmc_walker_stand,unseen,denoising_factor,{value},0,1,8")
+    (runs / "study/robustness_a.csv").write_text("\n".join(lines))
+    assert study.main([str(runs / "study"), "--out", str(runs / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "denoising factor, unseen clips | 0.25 | 0.50 | 0.10 |" in text
+    assert "| HRSSM minus this | 0.25 |  | 0.40 |" in text
+
+
+def test_nothing_to_tabulate(tmp_path, capsys):
+    assert study.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: no run of the study")
