@@ -1082,7 +1082,7 @@ def react(
     starts = torch.arange(steps - 1 - horizon, -1, -START_EVERY)
     # (E*M,): states among all E*T
     chosen = (torch.arange(episodes)[:, None] * steps + starts).flatten().to(embed.device)
-    ahead, along, imagined = state.map(lambda x: x.flatten(0, 1)[chosen]), data["action"].flatten(0, 1), []
+    ahead, along, imagined = state.flatten().select(chosen), data["action"].flatten(0, 1), []
     for k in range(1, horizon + 1):
         ahead = dynamics.img_step(ahead, along[chosen + k], sample=False)
         imagined.append(expected(ahead).unflatten(0, (episodes, len(starts))))

@@ -561,6 +561,7 @@ ACTORS = {
     "trunc_normal": ["--actor_dist", "trunc_normal", "--imag_gradient", "both", "--imag_gradient_mix", "0.3"],
     "onehot": ["--actor_dist", "onehot", "--imag_gradient", "both", "--imag_gradient_mix", "0.3"],
     "linear": ["--actor_layers", "0", "--future_entropy"],
+    "tssm": ["--dynamics", "tssm", "--tssm_ff", "32", "--tssm_window", "4"],
 }
 
 
