@@ -15,19 +15,23 @@ error. `--write FILE.csv` makes a reference of runs, or of published curves in t
 --published. `--smoke` trains two tiny agents and tries all of this on them, in less than a minute.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
 import argparse
 import csv
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tools
 from figures import plot
 
@@ -197,4 +201,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

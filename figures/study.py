@@ -6,7 +6,7 @@ A run is STUDY/PART/TASK/METHOD/SEED. Three tables in --out keep what was ever m
 STUDY any more, so a study may be made in pieces and on several machines:
 
 - study_runs.csv: a row per finished run: length, hours, commit, device, command.
-- study_values.csv: a row per run, step and metric: evaluation returns, and what world models know of held-out episodes.
+- study_values.csv: a row per finished run, step and metric: evaluation returns, and reward R^2 of world models.
 - study_robustness.csv: a row per run, clips and measure, from STUDY/robustness_*.csv of figures/robustness.py.
 
 From these: study.md, a table per part and task of means over seeds with 95% intervals (bootstrap over seeds, 10,000
@@ -54,6 +54,10 @@ def cell(study: Path, logdir: Path) -> Cell:
     return Cell(*logdir.relative_to(study).parts)
 
 
+def finished(logdir: Path) -> bool:
+    return (logdir / "sweep.done").exists()
+
+
 def merge(path: Path, columns: tuple[str, ...], rows: list[list], keys: int) -> list[dict[str, str]]:
     """Write `rows` over those of `path` with the same first `keys` columns; returns all, sorted."""
     known = {}
@@ -68,22 +72,21 @@ def merge(path: Path, columns: tuple[str, ...], rows: list[list], keys: int) -> 
 
 
 def collect(study: Path) -> tuple[list[list], list[list]]:
-    """Rows of RUNS (finished ones) and VALUES (all)."""
+    """Rows of RUNS and VALUES of the finished runs."""
     runs, values = [], []
     for logdir in plot.find_runs([str(study)]):
-        if len(logdir.relative_to(study).parts) != len(Cell._fields):
+        if not finished(logdir) or len(logdir.relative_to(study).parts) != len(Cell._fields):
             continue
         own, rows = cell(study, logdir), plot.read_rows(logdir)
         for row in rows:
             values += [[*own, str(row["step"]), metric, float(row[metric])] for metric in METRICS if metric in row]
-        if (logdir / "sweep.done").exists():
-            saved = json.loads((logdir / "config.json").read_text())
-            made = saved["runs"][-1]
-            hours = max(row.get("time", 0.0) for row in rows) / 3600
-            # Folders of one machine mean nothing on another.
-            command = " ".join(re.sub(r"(^|=)/.*/", r"\1", token) for token in made["command"])
-            about = made["git"]["commit"], f"{made['device']}, torch {made['versions']['torch']}", command
-            runs.append([*own, str(saved["config"]["steps"]), float(hours), *about])
+        saved = json.loads((logdir / "config.json").read_text())
+        made = saved["runs"][-1]
+        hours = max(row.get("time", 0.0) for row in rows) / 3600
+        # Folders of one machine mean nothing on another.
+        command = " ".join(re.sub(r"(^|=)/.*/", r"\1", token) for token in made["command"])
+        about = made["git"]["commit"], f"{made['device']}, torch {made['versions']['torch']}", command
+        runs.append([*own, str(saved["config"]["steps"]), float(hours), *about])
     return runs, values
 
 
@@ -95,7 +98,7 @@ def collect_robustness(study: Path) -> list[list]:
             for row in csv.DictReader(file):
                 logdir, _, untrained = row["run"].partition(" ")
                 own = cell(study, Path(logdir))
-                if untrained and own.method != BASE:
+                if not finished(Path(logdir)) or (untrained and own.method != BASE):
                     continue
                 own = own._replace(method="untrained") if untrained else own
                 clips = row["clips"] or ("clean" if row["task"] != own.task else "")

@@ -9,15 +9,19 @@ std are those of all states seen. The file holds the W with the best return of a
 std). Nothing is rendered.
 """
 
-import argparse
 import sys
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
+import argparse
+import time
 
 import gymnasium
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import EnvError, gymnasium_tasks
 
 
@@ -111,4 +115,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

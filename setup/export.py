@@ -7,17 +7,21 @@ curves.csv (every evaluation), the latest evaluation video, and a model card, RE
 loads the weights into a run with the same --method and sizes.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from setup import console  # before what takes seconds to import
+
+# isort: split
 import argparse
 import csv
 import json
 import shutil
-import sys
-from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tools
 
 
@@ -143,4 +147,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -136,7 +136,8 @@ for part in "${parts[@]}"; do
   case $part in
   measure)
     for task in $(tasks_of representation); do
-      python "$root/figures/robustness.py" "$out/representation/$task"/*/* --player "$out/data/$task/full/0" \
+      runs=("$out/representation/$task"/*/*/sweep.done)
+      python "$root/figures/robustness.py" "${runs[@]%/sweep.done}" --player "$out/data/$task/full/0" \
         --episodes 0 --out "$out/robustness_$task.png"
     done
     ;;

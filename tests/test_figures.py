@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,6 +297,15 @@ def test_out_is_checked_before_the_work(main, tmp_path, capsys, monkeypatch):
     assert main(["x", "--out", str(tmp_path / "absent/x.png")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --out ") and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without space")
+@pytest.mark.parametrize("main", [plot.main, report.main], ids=lambda main: main.__module__)
+def test_a_full_disk_is_one_line(main, sweep, tmp_path, capsys):
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    assert main([str(sweep), "--out", str(tmp_path / "full.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "No space left" in error and error.count("\n") == 1
 
 
 def test_published_csv(tmp_path):

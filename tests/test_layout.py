@@ -161,3 +161,24 @@ def test_environments_do_not_load_torch():
         modules.remove("envs.maniskill_tasks")  # needs mani_skill2, which is not installed on every Python
     code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_program_ends_by_the_console():
+    """Ctrl-C, closed pipes and warnings are treated alike: `console` comes before whatever takes seconds to import."""
+    programs = [ROOT / "dreamer.py", *(ROOT / "setup").glob("*.py"), *(ROOT / "figures").glob("*.py")]
+    programs = [path for path in programs if "__main__" in path.read_text() and path.name != "console.py"]
+    assert len(programs) > 10
+    for path in programs:
+        first, *_ = (name for name in imported_in_order(path) if name != "sys" and not name.startswith("pathlib."))
+        assert first == "setup.console" and path.read_text().endswith("    console.run(main)\n"), path
+
+
+def imported_in_order(path: Path) -> list[str]:
+    """Names imported at the top level of a file, first to last."""
+    names = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names

@@ -86,9 +86,9 @@ def test_torchrun_trains_and_resumes(tmp_path):
     command += options.split()
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def run(steps: int) -> list[dict]:
+    def run(steps: int, *more: str) -> list[dict]:
         done = subprocess.run(
-            [*command, "--steps", f"{steps}"], capture_output=True, text=True, env=environ, timeout=300
+            [*command, "--steps", f"{steps}", *more], capture_output=True, text=True, env=environ, timeout=300
         )
         assert done.returncode == 0, done.stderr[-2000:]
         return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -102,5 +102,11 @@ def test_torchrun_trains_and_resumes(tmp_path):
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, shards[1]["agent"][key]), key
     assert shards[0]["replay"]["rng"] != shards[1]["replay"]["rng"]
+    anew = run(80, "--fresh")  # both ranks leave the old run together
+    assert [row["step"] for row in anew][-1] < 160 and anew[0] != rows[-1]
+    for folder in ("", "rank1/"):
+        assert (tmp_path / "replaced" / "1" / folder / "latest.pt").exists() and (
+            tmp_path / folder / "latest.pt"
+        ).exists()
     uneven = subprocess.run([*command, "--batch_size", "3"], capture_output=True, text=True, env=environ)
     assert uneven.returncode != 0 and "--batch_size 3 cannot be shared evenly by 2 ranks" in uneven.stderr

@@ -127,7 +127,7 @@ def test_every_example_has_a_folder_of_its_own():
     written = [value(words, "--logdir") for words in runs]
     assert len(written) == len(TRAINING) + 3
     assert [(a, b) for a in written for b in written if a is not b and f"{a}/".startswith(f"{b}/")] == []
-    read = {word for words in COMMANDS for word in words if word.startswith("./")} - {*written, "./runs"}
+    read = {word for words in COMMANDS for word in words if word.startswith("./")} - {*written, "./runs", "./study"}
     assert read
     for folder in read:
         assert any(f"{a}/".startswith(f"{b}/") for w in written for a, b in ((w, folder), (folder, w))), folder
@@ -159,7 +159,7 @@ def test_commands_use_options_that_their_programs_have():
 
 def test_options_presets_methods_and_tasks_exist():
     scripts = [
-        *(ROOT / "setup" / name for name in ("sweep.sh", "download.py", "expert.py")),
+        *(ROOT / "setup" / name for name in ("sweep.sh", "study.sh", "download.py", "expert.py")),
         *(ROOT / "figures").glob("*.py"),
     ]
     scripts += [*(ROOT / "tests/bench").glob("*.py"), *(ROOT / "tests/upstream").glob("*.py")]

@@ -136,6 +136,15 @@ def test_extremes():
     assert abs(models.agreement(draws, weights).item()) < 0.05
 
 
+def test_rounding_is_no_variation():
+    """A constant latent whose rounding happens to depend on the state alone would look perfect."""
+    x = 1.0 + 1e-9 * noise(1, 4, 5, 3).expand(3, -1, -1, -1)
+    assert models.denoising_factor(x, ONCE).isnan() and models.agreement(x, ONCE).isnan()
+    paths = x[:, :, :, None]
+    assert all(value.isnan() for value in models.prediction_consistency(paths[0], paths, ONCE))
+    assert models.probe_r2(x, noise(4, 5, 3), ONCE) < 0.01
+
+
 # --- agents ---------------------------------------------------------------------------------------------------------
 
 

@@ -209,7 +209,7 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(trained, tmp_path):
     assert_same(final_state(logdir), final_state(trained))
 
 
-def test_learning_beside_the_environments(tmp_path):
+def test_learning_beside_the_environments(tmp_path, capsys):
     """`--overlap` and `--profile`: repeatable, also if stopped in between, and as many updates as without."""
     states, updates = [], []
     options, plain = f"{DOT} --parallel True --profile 1", f"{DOT} --overlap False"
@@ -222,6 +222,7 @@ def test_learning_beside_the_environments(tmp_path):
             run.close()
         states.append(final_state(logdir))
         updates.append(run.count["update"])
+    assert f"Profile: {tmp_path / 'two' / 'trace.json'}, to be opened at" in capsys.readouterr().out
     trace = json.loads((tmp_path / "two" / "trace.json").read_text())["traceEvents"]
     assert any(event.get("name") == "aten::native_layer_norm" for event in trace)
     assert_same(states[0], states[1])
@@ -595,24 +596,39 @@ def test_output_that_nobody_takes_does_not_end_a_run(name, tmp_path):
     assert saved["logger"]["rows"] == len(read_rows(logdir))
 
 
-@pytest.mark.parametrize("program", ["dreamer.py --help", "figures/plot.py x", "setup/download.py demo"])
-@pytest.mark.parametrize("seconds", [0.15, 1.5])
-def test_ctrl_c_prints_no_traceback(program, seconds, tmp_path):
-    environ = os.environ | {"HRSSM_ASSETS": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, *program.split()],
+def start_program(line: str, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *line.split()],
         cwd=ROOT,
-        env=environ,
+        env=os.environ | {"HRSSM_ASSETS": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A test may run in the background of a shell, where SIGINT is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+@pytest.mark.parametrize("program", ["dreamer.py --help", "figures/plot.py x", "setup/download.py demo"])
+@pytest.mark.parametrize("seconds", [0.15, 1.5])
+def test_ctrl_c_prints_no_traceback(program, seconds, tmp_path):
+    process = start_program(program, tmp_path)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert "Traceback" not in out + err and "KeyboardInterrupt" not in out + err
+
+
+def test_ctrl_c_in_every_other_program(tmp_path):
+    names = ("report", "robustness", "openloop", "observations", "variants", "gate", "study")
+    names = [f"figures/{name}.py" for name in names] + [f"setup/{name}.py" for name in ("doctor", "export", "expert")]
+    started = [start_program(f"{name} --help", tmp_path) for name in names]
+    time.sleep(4.0)  # past the interpreter's own start, where nothing can be done, on a busy machine too
+    for process in started:
+        process.send_signal(signal.SIGINT)
+    for name, process in zip(names, started, strict=True):
+        out, err = process.communicate(timeout=120)
+        assert "Traceback" not in out + err and "KeyboardInterrupt" not in out + err, name
 
 
 def test_a_log_shows_life(dots, capsys, monkeypatch):

@@ -420,6 +420,7 @@ def test_options_reach_the_model():
     agent = make_agent("--configs", "tssm", "--tssm_layers", "3", "--tssm_heads", "4", "--tssm_ff", "7", "--tssm_gate")
     model = agent.world_model.dynamics
     assert isinstance(model, TSSM) and len(model.blocks) == 3 and model.blocks[0].ff[0].out_features == 7
+    assert isinstance(model.input[-1], torch.nn.Linear), "tokens are not activated"
     assert model.bias.shape == (8, 4) and model.blocks[0].gates is not None, "the window is cut to the batch"
     assert not model.temp_post and make_agent().world_model.dynamics.temp_post
 
