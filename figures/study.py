@@ -40,6 +40,7 @@ RUNS = ("part", "task", "method", "seed", "steps", "hours", "commit", "device", 
 VALUES = ("part", "task", "method", "seed", "step", "metric", "value")
 MEASURES = ("part", "task", "method", "seed", "clips", "measure", "value")
 NAMES = {"neither": "neither loss", "nomlr": "no latent reconstruction", "nosimsr": "no bisimulation"} | plot.METHODS
+SHOWN = {"denoising_factor": 0.0, "probe_r2": -0.2, "reward_r2": -1.0}  # in bars, drawn down to these values
 BASE = "hrssm"  # the method that others are compared with
 
 
@@ -197,6 +198,39 @@ def draw_curves(values: list[dict], part: str, metrics: tuple[str, ...], label: 
     plt.close(figure)
 
 
+def draw_bars(measures: list[dict], part: str, path: Path) -> None:
+    """What latents know on held-out clips: a row of panels per task, a bar per method, a dot per seed."""
+    rows = [row for row in measures if row["part"] == part and row["clips"] == "unseen" and row["value"] != "nan"]
+    tasks = plot.unique(row["task"] for row in rows)
+    order = plot.unique([BASE, *(row["method"] for row in rows)])
+    methods = [method for method in order if method != "untrained"] + ["untrained"] * ("untrained" in order)
+    figure, axes = plt.subplots(
+        len(tasks), len(SHOWN), squeeze=False, figsize=(9.5, 0.5 + 2.1 * len(tasks)), layout="constrained", sharey=True
+    )
+    for line, task in zip(axes, tasks, strict=True):
+        for axis, (measure, lowest) in zip(line, SHOWN.items(), strict=True):
+            for at, method in enumerate(methods):
+                own = [r for r in rows if (r["task"], r["measure"], r["method"]) == (task, measure, method)]
+                values = np.array([float(row["value"]) for row in own])
+                if not len(values):
+                    continue
+                color = plot.COLORS[at % len(plot.COLORS)] if method != "untrained" else "lightgray"
+                axis.barh(at, max(values.mean(), lowest), 0.7, color=color)
+                axis.plot(values.clip(lowest), [at] * len(values), "o", color="black", ms=3, clip_on=False)
+                if values.mean() < lowest:
+                    axis.text(lowest * 0.95, at, f"{values.mean():.0f}", va="center", fontsize=7)
+            axis.set_yticks(range(len(methods)), [NAMES.get(method, method) for method in methods], fontsize=8)
+            axis.set_xlim(lowest - 0.05, 1.05)
+            axis.tick_params(axis="x", labelsize=8)
+            axis.axvline(0, color="black", lw=0.8)
+            axis.set_title(f"{measure.replace('_', ' ').replace('r2', '$R^2$')}, {task}", fontsize=8)
+            axis.grid(axis="x", alpha=0.25)
+            axis.set_axisbelow(True)
+    axes[0, 0].invert_yaxis()  # shared by all
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -221,9 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         if "control" in parts:
             metrics = "eval/unseen/return", "eval/return"
             draw_curves(all_values, "control", metrics, "return (unseen clips)", out / "study_control.png")
-        if "representation" in parts:
-            metrics = ("offline/reward_r2",)
-            draw_curves(all_values, "representation", metrics, "reward $R^2$", out / "study_representation.png")
+        if any(row["part"] == "representation" for row in all_measures):
+            draw_bars(all_measures, "representation", out / "study_representation.png")
         print("\n".join(lines))
     except (tools.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
