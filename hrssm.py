@@ -320,7 +320,7 @@ class HybridRSSM(Representation):
         transition from the raw posterior of step t-1 (the initial state where an episode starts).
         """
         dynamics, is_first = self.raw_dynamics, data["is_first"]
-        action = torch.where(is_first.unsqueeze(-1), 0.0, data["action"])
+        action = data["action"].masked_fill(is_first.unsqueeze(-1), 0.0)
         embed = self.raw_encoder(data)
         if dynamics.shared:
             raw_post = dynamics.img_step(dynamics.shift(post, is_first), action, embed=embed)

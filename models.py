@@ -67,8 +67,8 @@ Metrics = dict[str, Tensor | float]
 
 
 def tensor_stats(name: str, x: Tensor) -> dict[str, Tensor]:
-    x = x.detach()
-    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(), f"{name}_min": x.min(), f"{name}_max": x.max()}
+    (std, mean), (low, high) = torch.std_mean(x.detach()), torch.aminmax(x.detach())
+    return {f"{name}_mean": mean, f"{name}_std": std, f"{name}_min": low, f"{name}_max": high}
 
 
 # --- KL terms -------------------------------------------------------------------------------------------------------
@@ -396,12 +396,13 @@ class WorldModel(nn.Module):
         losses |= self.representation.losses(data, filtered, predicted)
         if decoded is not None:
             losses |= self.reconstruction_loss(decoded, data)
-        losses = {name: loss * self.scales[name] for name, loss in losses.items()}
+        # Weights of 1 cost nothing.
+        losses = {k: loss if self.scales[k] == 1.0 else loss * self.scales[k] for k, loss in losses.items()}
         total = sum((*losses.values(), *kl_losses.values()))
 
         metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}
         metrics |= {"kl": rep.detach().mean()}
-        metrics |= {"min_reward": data["reward"].min(), "max_reward": data["reward"].max()}
+        metrics["min_reward"], metrics["max_reward"] = torch.aminmax(data["reward"])
         metrics["prior_ent"] = dynamics.entropy(prior.detach()).mean()
         metrics["post_ent"] = dynamics.entropy(post.detach()).mean()
         return total, filtered, metrics
@@ -536,16 +537,29 @@ class ActorCritic(nn.Module):
         self.actor_optimizer = tools.Optimizer("actor", actor.parameters(), **actor_optimizer)
         self.value_optimizer = tools.Optimizer("value", critic.parameters(), **value_optimizer)
 
-    def imagine(self, dynamics: RSSM, start: State) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
-        """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N)."""
-        states, feats, actions, outputs = [start], [], [], []
-        for k in range(self.imag_horizon):
-            feats.append(states[k].feat)
-            outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
-            actions.append(bound_action(self.actor.policy(outputs[k]).sample()))
-            if k < self.imag_horizon - 1:
-                states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
-        return states, torch.stack(feats), torch.stack(actions), self.actor.policy(torch.stack(outputs))
+    def imagine(
+        self, dynamics: RSSM, start: State, leaves: list | None = None
+    ) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
+        """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N).
+
+        Into a list `leaves` go (action, draw) of each step, and no gradient leads from an action to the actor.
+        """
+        states, feats, actions, outputs, at_once = [start], [], [], [], leaves is not None
+        with self.actor.record() if at_once else contextlib.nullcontext() as recorded:
+            for k in range(self.imag_horizon):
+                feats.append(states[k].feat)
+                with torch.no_grad() if at_once else contextlib.nullcontext():
+                    outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
+                    policy = self.actor.policy(outputs[k])
+                    draw = policy.draw()
+                    actions.append(policy.sample(draw))
+                if leaves is not None:
+                    leaves.append((actions[k].requires_grad_(), draw))
+                if k < self.imag_horizon - 1:
+                    states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
+        feat = torch.stack(feats)
+        out = self.actor.repeat(feat.detach(), recorded) if recorded else torch.stack(outputs)
+        return states, feat, bound_action(torch.stack(actions)), self.actor.policy(out)
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -556,7 +570,10 @@ class ActorCritic(nn.Module):
         """
         with autocast(start.deter, self.bf16):
             # (H, N, F), (H, N, A)
-            states, feat, action, policy = self.imagine(world_model.dynamics, start)
+            # Step by step the actor's backward pass would take as many small operations as there are steps.
+            at_once = self.behavior_stop_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            leaves: list | None = [] if at_once else None
+            states, feat, action, policy = self.imagine(world_model.dynamics, start, leaves)
             entropy = policy.entropy()
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
             discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
@@ -576,16 +593,17 @@ class ActorCritic(nn.Module):
         weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()
         metrics = {}
 
-        advantage = returns - value[:-1]
+        baseline = value[:-1]
+        advantage = returns - baseline
         if self.return_norm is not None:
             offset, scale = self.return_norm(returns)
-            advantage = (returns - offset) / scale - (value[:-1] - offset) / scale
-            metrics |= tensor_stats("normed_target", (returns - offset) / scale)
+            advantage = advantage / scale  # the difference of both after normalisation
+            metrics |= tensor_stats("normed_target", (returns.detach() - offset) / scale)
             metrics["EMA_005"], metrics["EMA_095"] = self.return_norm.quantiles.clone().unbind()
         if self.imag_gradient == "dynamics":
             objective = advantage
         else:
-            objective = policy.log_prob(action)[:-1] * (returns - value[:-1]).detach()
+            objective = policy.log_prob(action)[:-1] * (returns - baseline).detach()
             if self.imag_gradient == "both":
                 objective = self.imag_gradient_mix * returns + (1.0 - self.imag_gradient_mix) * objective
                 metrics["imag_gradient_mix"] = self.imag_gradient_mix
@@ -594,6 +612,12 @@ class ActorCritic(nn.Module):
             if state_entropy is not None:
                 objective = objective + self.actor_state_entropy * state_entropy[:-1]
         actor_loss = -(weight * objective).mean()
+        if leaves:
+            actions, draws = zip(*leaves, strict=True)
+            slopes = torch.autograd.grad(actor_loss, actions, retain_graph=True, materialize_grads=True)
+            # A zero with the gradient that reaches the actor through its actions
+            by_actions = (torch.stack(slopes) * policy.sample(torch.stack(draws))).sum()
+            actor_loss = actor_loss + (by_actions - by_actions.detach())
 
         critic = self.critic.distribution(critic_out[:-1])
         log_likelihood = critic.log_prob(returns.detach())
@@ -605,7 +629,7 @@ class ActorCritic(nn.Module):
         if self.value_decay:
             value_loss = value_loss + self.value_decay * (weight * critic.mode.squeeze(-1)).mean()
 
-        metrics |= tensor_stats("value", value[:-1]) | tensor_stats("target", returns)
+        metrics |= tensor_stats("value", baseline) | tensor_stats("target", returns)
         metrics |= tensor_stats("imag_reward", reward)
         discrete = self.actor.dist == "onehot"
         metrics |= tensor_stats("imag_action", action.argmax(-1).to(reward.dtype) if discrete else action)
@@ -1058,7 +1082,7 @@ def react(
     starts = torch.arange(steps - 1 - horizon, -1, -START_EVERY)
     # (E*M,): states among all E*T
     chosen = (torch.arange(episodes)[:, None] * steps + starts).flatten().to(embed.device)
-    ahead, along, imagined = state.map(lambda x: x.flatten(0, 1)[chosen]), data["action"].flatten(0, 1), []
+    ahead, along, imagined = state.flatten().select(chosen), data["action"].flatten(0, 1), []
     for k in range(1, horizon + 1):
         ahead = dynamics.img_step(ahead, along[chosen + k], sample=False)
         imagined.append(expected(ahead).unflatten(0, (episodes, len(starts))))

@@ -7,10 +7,10 @@ All randomness of the model passes through `draw_onehot` and `draw_normal`; repl
 across implementations. Sizes follow DreamerV3 (Hafner et al., 2023), on which HRSSM is built.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,10 +26,8 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 def draw_onehot(probs: Tensor) -> Tensor:
-    """One one-hot draw per row of `probs` (..., K), by inverting their cumulative sum; without a host sync."""
-    cumulative = probs.cumsum(-1)
-    threshold = torch.rand_like(probs[..., :1]) * cumulative[..., -1:]
-    index = (cumulative[..., :-1] <= threshold).sum(-1, keepdim=True)
+    """One one-hot draw per row of `probs` (..., K), of sum 1, by inverting their cumulative sum. No host sync."""
+    index = (probs.cumsum(-1)[..., :-1] <= torch.rand_like(probs[..., :1])).sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
@@ -69,6 +67,18 @@ def softmax(logits: Tensor) -> Tensor:
 # --- distributions --------------------------------------------------------------------------------------------------
 
 
+class StraightThrough(torch.autograd.Function):
+    """`apply(value, surrogate)`: the value, with the gradient of the surrogate."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return None, gradient
+
+
 class OneHot:
     """Categorical over one-hot vectors, `logits` (..., K), mixed with a uniform distribution of weight `unimix`.
 
@@ -80,7 +90,8 @@ class OneHot:
         self.logits, self.unimix, self._log_probs = logits, unimix, None
         self.probs = softmax(logits)
         if unimix:
-            self.probs = self.probs * (1.0 - unimix) + unimix / logits.shape[-1]
+            # (1 - unimix) probs + unimix / K in one operation
+            self.probs = torch.rsub(self.probs, unimix / logits.shape[-1], alpha=unimix - 1.0)
 
     @property
     def log_probs(self) -> Tensor:
@@ -95,13 +106,16 @@ class OneHot:
         other.probs, other._log_probs = self.probs.detach(), self.log_probs.detach()
         return other
 
-    def sample(self) -> Tensor:
-        return draw_onehot(self.probs.detach()) + (self.probs - self.probs.detach())
+    def draw(self) -> Tensor:
+        return draw_onehot(self.probs.detach())
+
+    def sample(self, draw: Tensor | None = None) -> Tensor:
+        return StraightThrough.apply(self.draw() if draw is None else draw, self.probs)
 
     @property
     def mode(self) -> Tensor:
-        log_probs = self.log_probs
-        return F.one_hot(log_probs.argmax(-1), log_probs.shape[-1]) + (log_probs - log_probs.detach())
+        onehot = torch.zeros_like(self.probs).scatter_(-1, self.log_probs.argmax(-1, keepdim=True), 1.0)
+        return StraightThrough.apply(onehot, self.log_probs)
 
     def log_prob(self, onehot: Tensor) -> Tensor:
         return self.log_probs.gather(-1, onehot.argmax(-1, keepdim=True)).squeeze(-1)
@@ -119,8 +133,11 @@ class Normal:
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean, self.std = mean, std
 
-    def sample(self) -> Tensor:
-        return self.mean + self.std * draw_normal(self.mean)
+    def draw(self) -> Tensor:
+        return draw_normal(self.mean)
+
+    def sample(self, draw: Tensor | None = None) -> Tensor:
+        return torch.addcmul(self.mean, self.std, self.draw() if draw is None else draw)
 
     @property
     def mode(self) -> Tensor:
@@ -155,6 +172,8 @@ class UnitNormal:
 class TwoHot:
     """Scalar regression by classification on 255 symlog-spaced buckets, `logits` (..., 255) (DreamerV3)."""
 
+    LIMIT = 20.0  # of the buckets, which are evenly spaced between -LIMIT and LIMIT
+
     def __init__(self, logits: Tensor, buckets: Tensor):
         self.logits, self.buckets, self._log_probs = logits, buckets, None
 
@@ -170,17 +189,12 @@ class TwoHot:
         return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Two-hot log-likelihood of scalars `x` (...), shape (...)."""
-        x = symlog(x)
-        last = len(self.buckets) - 1
-        above = torch.bucketize(x, self.buckets, right=True)
-        low, high = (above - 1).clamp(0, last), above.clamp(0, last)
-        gap_low, gap_high = (x - self.buckets[low]).abs(), (self.buckets[high] - x).abs()
-        # Out of range both indices are the last bucket, which then takes all the mass.
-        weight_low = torch.where(low == high, 1.0, gap_high / (gap_low + gap_high))
-        log_low = self.log_probs.gather(-1, low.unsqueeze(-1)).squeeze(-1)
-        log_high = self.log_probs.gather(-1, high.unsqueeze(-1)).squeeze(-1)
-        return weight_low * log_low + (1.0 - weight_low) * log_high
+        """Two-hot log-likelihood of scalars `x` (...) without gradient, shape (...)."""
+        x = symlog(x).clamp(-self.LIMIT, self.LIMIT).unsqueeze(-1)
+        # (..., 255): the mass of a bucket falls linearly to zero at its neighbours; out of range the last takes all.
+        width = 2.0 * self.LIMIT / (len(self.buckets) - 1)
+        mass = (1.0 - (x - self.buckets).abs() / width).clamp(min=0.0)
+        return (self.log_probs * mass).sum(-1)
 
 
 class Bernoulli:
@@ -199,7 +213,7 @@ class Bernoulli:
         return torch.round(mean).detach() + (mean - mean.detach())
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return -(1.0 - x) * F.softplus(self.logits) - x * F.softplus(-self.logits)
+        return x * self.logits - F.softplus(self.logits)
 
 
 # --- initialisation and dense blocks --------------------------------------------------------------------------------
@@ -518,6 +532,43 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return full(self.out(self.layers(x)))
 
+    @contextlib.contextmanager
+    def record(self):
+        """Gives a dict that collects, by linear layer, its outputs in each call."""
+        outputs: dict[nn.Module, list[Tensor]] = {m: [] for m in self.modules() if isinstance(m, nn.Linear)}
+        hooks = [layer.register_forward_hook(lambda layer, _, y: outputs[layer].append(y)) for layer in outputs]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def repeat(self, x: Tensor, recorded: dict[nn.Module, list[Tensor]]) -> Tensor:
+        """All recorded calls as one, with gradients, for their inputs x (calls,...,inputs); no product is repeated."""
+        for layer in (*self.layers, self.out):
+            if isinstance(layer, nn.Linear):
+                x = KnownLinear.apply(x, layer.weight, layer.bias, torch.stack(recorded[layer]))
+            else:
+                x = layer(x)
+        return full(x)
+
+
+class KnownLinear(torch.autograd.Function):
+    """`F.linear` of x (..., inputs) whose result is `known` already."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias = bias is not None
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, weight = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)
+        rows = gradient.flatten(0, -2)
+        by_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        return by_x, rows.t() @ x.flatten(0, -2), rows.sum(0) if ctx.bias else None, None
+
 
 class ScalarHead(MLP):
     """Head for rewards, values and continuation: features (..., F) -> distribution over scalars.
@@ -534,7 +585,7 @@ class ScalarHead(MLP):
         outputs = self.BUCKETS if dist == "symlog_disc" else 1
         super().__init__(inputs, outputs, layers=layers, units=units, act=act, norm=norm, outscale=outscale)
         self.dist = dist
-        self.register_buffer("buckets", torch.linspace(-20.0, 20.0, self.BUCKETS), persistent=False)
+        self.register_buffer("buckets", torch.linspace(-TwoHot.LIMIT, TwoHot.LIMIT, self.BUCKETS), persistent=False)
 
     def forward(self, feat: Tensor) -> TwoHot | UnitNormal | Bernoulli:
         return self.distribution(self.outputs(feat))
@@ -603,19 +654,24 @@ class ActorHead(MLP):
 
 # --- layers applied at every step of a sequence ---------------------------------------------------------------------
 
-Layer = Callable[[Tensor], Tensor]
+Layer = Callable[..., Tensor]  # of x and, if the layer has no bias, of what is added to its output
 
 
 def linear_layer(weight: Tensor, bias: Tensor | None = None) -> Layer:
-    return partial(F.linear, weight=weight, bias=bias)
+    def layer(x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if plus is None:
+            return F.linear(x, weight, bias)
+        return torch.addmm(plus, x, weight.t()) if x.dim() == 2 else F.linear(x, weight) + plus
+
+    return layer
 
 
 class SequenceLinear:
     """Linear layer applied at every time step, with a single weight-gradient product for the whole sequence.
 
-    Same results as `F.linear`, (B, inputs) -> (B, outputs). Step by step, the gradient of the weight would take T thin
-    products and T additions of the weight's size. The weight is also transposed once, because thin products read it
-    faster that way.
+    Same results as `linear_layer`, (B, inputs) -> (B, outputs). Step by step, the gradient of the weight would take T
+    thin products and T additions of the weight's size. The weight is also transposed once, because thin products read
+    it faster that way.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -628,9 +684,10 @@ class SequenceLinear:
         # Every step depends on this node, so its backward pass runs after theirs.
         self.anchor = _WeightGradient.apply(weight, self.steps)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = _SequenceStep.apply(x.to(self.dtype), self.anchor, self)
-        return y if self.bias is None else y + self.bias.to(self.dtype)
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if self.bias is not None:
+            plus = self.bias.expand(len(x), -1)
+        return _SequenceStep.apply(x.to(self.dtype), self.anchor, plus, self)
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -649,16 +706,16 @@ class _WeightGradient(torch.autograd.Function):
 
 class _SequenceStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, layer: SequenceLinear) -> Tensor:
+    def forward(ctx, x: Tensor, anchor: Tensor, plus: Tensor | None, layer: SequenceLinear) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return x @ layer.transposed
+        return x @ layer.transposed if plus is None else torch.addmm(plus.to(layer.dtype), x, layer.transposed)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (x,) = ctx.saved_tensors
         ctx.layer.steps.append((x.detach(), gradient))
-        return gradient @ ctx.layer.weight, None, None
+        return gradient @ ctx.layer.weight, None, gradient if ctx.needs_input_grad[2] else None, None
 
 
 # --- latent dynamics ------------------------------------------------------------------------------------------------
@@ -732,13 +789,15 @@ def stack_states(states: list[State], dim: int) -> State:
 
 
 def where_state(flag: Tensor, yes: State, no: State) -> State:
-    """`yes` where `flag` (leading axes) is set, else `no`, without memory. Leading axes broadcast."""
+    """`yes` where `flag` (leading axes) is set, else `no`, without memory. Leading axes broadcast.
+
+    Only for `deter` and `stoch`, all that a step reads; `logit` is that of `no`.
+    """
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(flag.reshape(*flag.shape, *[1] * (b.dim() - flag.dim())), a, b)
 
-    deter, stoch, logit = map(pick, yes[:3], no[:3])
-    return State(deter, stoch, logit)
+    return State(pick(yes.deter, no.deter), pick(yes.stoch, no.stoch), no.logit)
 
 
 class GRUCell(nn.Module):
@@ -757,7 +816,12 @@ class GRUCell(nn.Module):
         init_truncated(self.linear)
 
     def forward(self, x: Tensor, h: Tensor, project: Layer) -> Tensor:
-        reset, candidate, update = full(self.norm(project(torch.cat([x, h], -1)))).chunk(3, -1)
+        return self.gates(full(self.norm(project(torch.cat([x, h], -1)))), h)
+
+    @staticmethod
+    def gates(pre: Tensor, h: Tensor) -> Tensor:
+        """h' from the normalised projection (..., 3D)."""
+        reset, candidate, update = pre.chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1.0)
         return torch.lerp(h, candidate, update)
@@ -836,6 +900,9 @@ class RSSM(nn.Module):
         init_truncated(self.prior_head)
         init_truncated(self.post_head)
         self.initial_deter = nn.Parameter(torch.zeros(1, deter)) if initial == "learned" else None
+        # What `FilterGradient` is written for.
+        one_layer = input_layers == output_layers == rec_depth == 1 and (act, norm) == ("SiLU", "LayerNorm")
+        self.default_structure = bool(one_layer and discrete and temp_post and not shared and cell == "gru_layer_norm")
 
     def dist(self, logit: Tensor) -> OneHot | Normal:
         """Distribution of the stochastic part: per latent group if categorical, joint if Gaussian."""
@@ -883,24 +950,30 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, sample: bool = True) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
-        # Tracing with `fullgraph` cannot follow the gradients that SequenceLinear collects.
-        layers = self._step_layers(linear_layer if torch.compiler.is_compiling() else SequenceLinear)
+        # Tracing with `fullgraph` cannot follow gradients that are collected or written by hand.
+        tracing, differentiate = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        by_hand = self.default_structure and sample and differentiate and not tracing
+        layers = self._step_layers(linear_layer if tracing else SequenceLinear)
         initial = self.initial(is_first.shape[:1])
         # What does not depend on the recurrence is computed for all steps at once.
-        steps = zip(*(x.unbind(1) for x in (*self._filter_inputs(embed, action, is_first), is_first)), strict=True)
+        parts = self._filter_inputs(embed, action, is_first)
         state, posts = initial, []
-        for action_part, embed_part, first in steps:
-            state = self._filter(state, action_part, embed_part, first, initial, layers, sample)
-            posts.append(state)
-        post = stack_states(posts, 1)
+        with torch.set_grad_enabled(differentiate and not by_hand):
+            for action_part, embed_part, first in zip(*(x.unbind(1) for x in (*parts, is_first)), strict=True):
+                state = self._filter(state, action_part, embed_part, first, initial, layers, sample)
+                posts.append(state)
+            post = stack_states(posts, 1)
+        if by_hand:
+            trained = (p for p in self.parameters() if p.requires_grad)
+            post = State(*FilterGradient.apply(self, is_first, *post[:3], *parts, *initial[:2], *trained))
         if self.shared:
-            action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+            action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
         return post, self.prior(post.deter, sample)
 
     def _filter_inputs(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """Contributions (..., H) of action and embedding to their first layers; independent of the recurrence."""
-        action = torch.where(is_first.unsqueeze(-1), 0.0, action)
+        action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
         return self._action_part(action, embed), self._embed_part(embed)
 
     def _filter(
@@ -917,16 +990,19 @@ class RSSM(nn.Module):
         deter = self._recur(where_state(is_first, initial, state), action_part, layers)
         return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, layers, sample)
 
+    def _step_weights(self) -> tuple[Tensor, ...]:
+        """The weights of `StepLayers`, in their order."""
+        stoch, deter = split_linear(self.input, self.input_sizes)[0], split_linear(self.post_hidden, self.post_sizes)[0]
+        return stoch, self.cell.linear.weight, deter, self.post_head.weight
+
     def _step_layers(self, linear: Callable[..., Layer] = linear_layer) -> StepLayers:
         """The layers of one step, each made by `linear(weight, bias)`."""
-        stoch = split_linear(self.input, self.input_sizes)[0]
-        deter = split_linear(self.post_hidden, self.post_sizes)[0] if self.temp_post else None
-        head = self.post_head
+        stoch, gru, deter, post = self._step_weights()
         return StepLayers(
             stoch=linear(stoch),
-            gru=linear(self.cell.linear.weight),
-            deter=None if deter is None else linear(deter),
-            post=linear(head.weight, head.bias),
+            gru=linear(gru),
+            deter=linear(deter) if self.temp_post else None,
+            post=linear(post, self.post_head.bias),
         )
 
     def _action_part(self, action: Tensor, embed: Tensor | None) -> Tensor:
@@ -939,9 +1015,11 @@ class RSSM(nn.Module):
         """Contribution (..., H) of the embedding to the posterior's first layer."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
+    # `FilterGradient` differentiates `_recur` and `_posterior` by hand: who changes one of them changes it too or makes
+    # `default_structure` False. test_gradient_of_the_filter_is_that_of_its_steps in tests/test_models.py compares them.
     def _recur(self, state: State, action_part: Tensor, layers: StepLayers) -> Tensor:
         """h' = GRU(z, h, a), shape (..., D)."""
-        x = layers.stoch(state.stoch.reshape(*state.deter.shape[:-1], -1)) + action_part
+        x = layers.stoch(state.stoch.reshape(*state.deter.shape[:-1], -1), action_part)
         for layer in list(self.input)[1:]:
             x = layer(x)
         for _ in range(self.rec_depth):
@@ -949,17 +1027,17 @@ class RSSM(nn.Module):
         return x
 
     def _posterior(self, deter: Tensor, embed_part: Tensor, layers: StepLayers, sample: bool) -> State:
-        x = embed_part if layers.deter is None else embed_part + layers.deter(deter)
+        x = embed_part if layers.deter is None else layers.deter(deter, embed_part)
         for layer in list(self.post_hidden)[1:]:
             x = layer(x)
         return self._latent(deter, layers.post(x), sample)
 
-    def shift(self, state: State, is_first: Tensor) -> State:
+    def shift(self, state: State, is_first: Tensor, initial: State | None = None) -> State:
         """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""
-        initial = self.initial(is_first.shape[:1])
-        parts = zip(initial[:3], state[:3], strict=True)
-        deter, stoch, logit = (torch.cat([i.unsqueeze(1), x[:, :-1]], 1) for i, x in parts)
-        return where_state(is_first, initial.map(lambda x: x.unsqueeze(1)), State(deter, stoch, logit))
+        initial = self.initial(is_first.shape[:1]) if initial is None else initial
+        deter, stoch = (torch.cat([i.unsqueeze(1), x[:, :-1]], 1) for i, x in zip(initial[:2], state[:2], strict=True))
+        previous = State(deter, stoch, state.logit)
+        return where_state(is_first, initial.map(lambda x: x.unsqueeze(1)), previous)
 
     def _latent(self, deter: Tensor, out: Tensor, sample: bool) -> State:
         logit = full(out).reshape(*deter.shape[:-1], *self.logit_shape)
@@ -976,6 +1054,100 @@ class RSSM(nn.Module):
             logit = torch.stack([mean, std + self.min_std], -2)
         dist = self.dist(logit)
         return State(deter, dist.sample() if sample else dist.mode, logit)
+
+
+# --- gradient of the filter -----------------------------------------------------------------------------------------
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight, computed in the precision of `weight` and returned in that of `x`."""
+    return (x.to(weight.dtype) @ weight).to(x.dtype)
+
+
+def product_plus(plus: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(plus, x, weight) if x.dtype == weight.dtype else plus + product(x, weight)
+
+
+def norm_by_step(layer: nn.LayerNorm, x: Tensor, keep: float | Tensor = 1.0) -> tuple[Tensor, Callable]:
+    """LayerNorm y of x (T,B,*); and what gives the gradient of step t's x, times `keep` (T,B,1), from that of y."""
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
+    values, factor = x.detach(), rstd.detach() * keep
+
+    def backward(t: int, gradient: Tensor) -> Tensor:
+        args = gradient, values[t], x.shape[-1:], mean[t], factor[t], layer.weight, layer.bias, [True, False, False]
+        gradient_x: Tensor = torch.ops.aten.native_layer_norm_backward.default(*args)[0]
+        return gradient_x
+
+    return y, backward
+
+
+class FilterGradient(torch.autograd.Function):
+    """Backward pass of `RSSM.observe` at the default structure, for a posterior that was filtered without gradients.
+
+    Only what a step hands to the one before is computed step by step, in 12 operations where autograd takes 47. The
+    rest, all gradients of parameters included, is left to autograd on one step of all states side by side.
+    """
+
+    @staticmethod
+    def forward(ctx, rssm, is_first, deter, stoch, logit, *inputs):
+        """Inputs that get gradients: parts of action and embedding (B,T,H), initial deter and stoch, parameters."""
+        ctx.rssm, ctx.parameters = rssm, inputs[4:]
+        ctx.save_for_backward(is_first, deter, stoch, logit, *inputs[:4])
+        device = deter.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return deter.view_as(deter), stoch.view_as(stoch), logit.view_as(logit)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, deter_grad, stoch_grad, logit_grad):
+        rssm, (is_first, *post, action_part, embed_part, deter, stoch) = ctx.rssm, ctx.saved_tensors
+        silu_backward, softmax_backward = torch.ops.aten.silu_backward, torch.ops.aten._softmax_backward_data
+        # (T, B, 1): 0 where a step begins afresh
+        goes_on = (~is_first.t().unsqueeze(-1)).to(deter.dtype)
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            inputs = [x.detach().requires_grad_() for x in (action_part, embed_part, deter, stoch)]
+            action_part, embed_part, deter, stoch = inputs
+            before = rssm.shift(State(*post), is_first, State(deter, stoch, post[2][:, 0]))
+            # (T, B, *) from here on
+            z, h, action_part, embed_part = (
+                x.transpose(0, 1) for x in (before.stoch.flatten(2), before.deter, action_part, embed_part)
+            )
+            layers = rssm._step_layers()
+            x, back_to_z = norm_by_step(rssm.input[1], full(layers.stoch(z) + action_part))
+            gates, back_to_gru = norm_by_step(rssm.cell.norm, full(layers.gru(torch.cat([F.silu(x), h], -1))), goes_on)
+            deter = rssm.cell.gates(gates, h)
+            out, back_to_deter = norm_by_step(rssm.post_hidden[1], full(layers.deter(deter.detach()) + embed_part))
+            logit = full(layers.post(F.silu(out)))
+            # h' by the GRU's output: the gates act on each element alone.
+            (slopes,) = torch.autograd.grad(deter, gates, torch.ones_like(deter), retain_graph=True)
+        # h' by h, at the same gates
+        kept = torch.sigmoid(1.0 - gates.detach()[..., 2 * rssm.deter :]) * goes_on
+        probs, slopes = softmax(post[2]).transpose(0, 1), slopes.unflatten(-1, (3, -1))
+        x, out = x.detach(), out.detach()
+        precision = ctx.autocast[1] if ctx.autocast[2] else deter.dtype
+        stoch_w, gru_w, deter_w, post_w = (weight.to(precision) for weight in rssm._step_weights())
+        # What later losses send to each step, before products where it can be
+        stoch_grad, logit_grad = (grad.transpose(0, 1).flatten(2) for grad in (stoch_grad, logit_grad))
+        hidden_grad = product(logit_grad, post_w)
+        joint_grad = F.pad(deter_grad.transpose(0, 1), (x.shape[-1], 0))
+        post_w = post_w * (1.0 - rssm.unimix)
+
+        stoch_total, deter_total, totals = stoch_grad[-1], joint_grad[-1, :, x.shape[-1] :], []
+        for t in reversed(range(len(goes_on))):
+            from_draw = softmax_backward(stoch_total.view_as(probs[t]), probs[t], -1, probs.dtype).flatten(1)
+            hidden = product_plus(hidden_grad[t], from_draw, post_w)
+            deter_total = product_plus(deter_total, back_to_deter(t, silu_backward(hidden, out[t])), deter_w)
+            totals.append((deter_total, from_draw))
+            if t:
+                gates_total = (deter_total.unsqueeze(1) * slopes[t]).flatten(1)
+                joint = product_plus(joint_grad[t - 1], back_to_gru(t, gates_total), gru_w)
+                x_total, h_total = joint.tensor_split([x.shape[-1]], -1)
+                stoch_total = product_plus(stoch_grad[t - 1], back_to_z(t, silu_backward(x_total, x[t])), stoch_w)
+                deter_total = torch.addcmul(h_total, deter_total, kept[t])
+        deter_totals, from_draws = (torch.stack(steps) for steps in zip(*reversed(totals), strict=True))
+        totals = [deter_totals, torch.add(logit_grad, from_draws, alpha=1.0 - rssm.unimix)]
+        found = torch.autograd.grad([deter, logit], [*inputs, *ctx.parameters], totals, allow_unused=True)
+        return None, None, None, None, None, *found
 
 
 # --- transformer dynamics -------------------------------------------------------------------------------------------
@@ -1147,10 +1319,10 @@ class TSSM(RSSM):
         post = post._replace(deter=deter, memory=Memory(past, first, (step + 1).expand_as(first), own))
         return post, self.prior(deter, sample)
 
-    def shift(self, state: State, is_first: Tensor) -> State:
+    def shift(self, state: State, is_first: Tensor, initial: State | None = None) -> State:
         """The state before each step of a sequence (B,T,*) that `observe` filtered: what the token of the step sees."""
         memory = state.memory
-        return super().shift(state, is_first)._replace(memory=memory._replace(last=memory.last - 1))
+        return super().shift(state, is_first, initial)._replace(memory=memory._replace(last=memory.last - 1))
 
     def _input(self, stoch: Tensor, action: Tensor) -> Tensor:
         """Tokens (..., D) before the first block."""

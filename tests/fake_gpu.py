@@ -39,7 +39,8 @@ NOT_DETERMINISTIC = re.compile(
 )
 LIBRARY = torch.library.Library("aten", "IMPL")
 NO_LAUNCH = re.compile(
-    r"prim\.|aten\.(empty|new_empty|empty_like|empty_strided|new_empty_strided|detach|_unsafe_view)\b"
+    r"prim\.|profiler\.|aten\.(empty|new_empty|empty_like|empty_strided|new_empty_strided|detach|_unsafe_view|"
+    r"squeeze_|unsqueeze_|transpose_)\b"
 )
 
 

@@ -85,7 +85,7 @@ def test_launches_per_update_do_not_grow():
         assert found[part] <= bound, found
 
 
-LAUNCHES = {"recurrence step": 80, "imagination step": 112, "rest": 730}
+LAUNCHES = {"recurrence step": 38, "imagination step": 79, "rest": 725}
 
 
 # --- recorded -------------------------------------------------------------------------------------------------------

@@ -506,6 +506,98 @@ def test_losses_and_acting_are_one_graph():
     assert action.shape == (2, 3)
 
 
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def filtered(
+    rssm: networks.RSSM, embed: torch.Tensor, action: torch.Tensor, first: torch.Tensor, by_steps: bool
+) -> list:
+    """Posterior of a sequence and the gradients of all that it depends on, twice."""
+    if by_steps:
+        state, posts = rssm.initial(first.shape[:1]), []
+        for t in range(first.shape[1]):
+            state = rssm.obs_step(state, action[:, t], embed[:, t], first[:, t])
+            posts.append(state)
+        post = networks.stack_states(posts, 1)
+    else:
+        post, _ = rssm.observe(embed, action, first)
+    used = [p for name, p in rssm.named_parameters() if not name.startswith("prior_h")]
+    loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in post[:3])
+    inputs = [embed, action, *used]
+    return [*post[:3], *(g for _ in range(2) for g in torch.autograd.grad(loss, inputs, retain_graph=True))]
+
+
+@pytest.mark.parametrize("classes", [2, 8])
+def test_gradient_of_the_filter_is_that_of_its_steps(classes, double, monkeypatch):
+    """With resets amid a sequence and a learned initial state."""
+    monkeypatch.setattr(networks, "draw_onehot", lambda p: F.one_hot(p.argmax(-1), p.shape[-1]).to(p))
+    rssm = make_agent("--dyn_discrete", str(classes)).world_model.dynamics
+    for parameter in rssm.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    batch = make_batch(resets=[(0, 0), (1, 3), (0, 7)])
+    embed, action = torch.randn(2, 8, rssm.embed, requires_grad=True), batch["action"].double().requires_grad_()
+    assert rssm.default_structure
+    runs = [filtered(rssm, embed, action, batch["is_first"], by_steps) for by_steps in (False, True)]
+    for ours, plain in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12 * max(1.0, float(plain.detach().abs().max())))
+
+
+def test_gradient_of_the_filter_in_bf16_stays_close(monkeypatch):
+    monkeypatch.setattr(networks, "draw_onehot", lambda p: F.one_hot(0 * p.argmax(-1), p.shape[-1]).to(p))
+    rssm, batch = make_agent().world_model.dynamics, make_batch()
+    embed, action = torch.randn(2, 8, rssm.embed, requires_grad=True), batch["action"].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = filtered(rssm, embed, action, batch["is_first"], by_steps=False)
+    for ours, full in zip(low, filtered(rssm, embed, action, batch["is_first"], by_steps=True), strict=True):
+        assert ours.dtype == full.dtype and (ours - full).norm() <= 0.05 * full.norm()
+
+
+ACTORS = {
+    "normal": [],
+    "trunc_normal": ["--actor_dist", "trunc_normal", "--imag_gradient", "both", "--imag_gradient_mix", "0.3"],
+    "onehot": ["--actor_dist", "onehot", "--imag_gradient", "both", "--imag_gradient_mix", "0.3"],
+    "linear": ["--actor_layers", "0", "--future_entropy"],
+    "tssm": ["--dynamics", "tssm", "--tssm_ff", "32", "--tssm_window", "4"],
+}
+
+
+@pytest.mark.parametrize("name", ACTORS)
+def test_gradient_of_the_actor_is_that_of_its_steps(name, double, monkeypatch):
+    agent = make_agent(*ACTORS[name], discrete=name == "onehot")
+    behavior, start, runs = agent.actor_critic, agent.world_model.dynamics.initial((6,)).detach(), []
+    torch.nn.init.normal_(behavior.critic.out.weight)
+    for at_once in (True, False):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda at_once=at_once: not at_once)
+        behavior.return_norm.quantiles.zero_()
+        torch.manual_seed(0)
+        with models.frozen(agent.world_model):
+            loss = behavior.loss(agent.world_model, start)[0]
+        runs.append([loss, *torch.autograd.grad(loss, list(behavior.actor.parameters()))])
+    for ours, plain in zip(*runs, strict=True):
+        assert plain.abs().max() > 1e-6
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12 * max(1.0, float(plain.detach().abs().max())))
+
+
+def test_draws_have_one_source(monkeypatch):
+    """Whoever replaces `networks.draw_onehot` by a function of the probabilities alone gets it everywhere."""
+    monkeypatch.setattr(networks, "draw_onehot", lambda p: F.one_hot(p.argmin(-1), p.shape[-1]).to(p))
+    agent, batch = make_agent(discrete=True), make_batch(discrete=True)
+    dynamics, leaves = agent.world_model.dynamics, []
+    post, prior = agent.world_model.loss(batch)[1][1:3]
+    states, _, action, policy = agent.actor_critic.imagine(
+        dynamics, post.map(lambda x: x.detach().flatten(0, 1)), leaves
+    )
+    carry = agent.policy({key: value[:, 0].numpy() for key, value in batch.items() if key != "reward"}, None)[1]
+    for state in (post, prior, *states, carry.state):
+        assert torch.equal(state.stoch.argmax(-1), dynamics.dist(state.logit).probs.argmin(-1))
+    for taken in (action, torch.stack([action for action, _ in leaves])):
+        assert torch.equal(taken.argmax(-1), policy.probs.argmin(-1))
+
+
 def test_bf16_learns_like_float32():
     """Over 200 updates on the same batches and draws, each loss stays within 5% or 0.05 of float32, on average."""
     found = {}

@@ -363,14 +363,19 @@ def test_probe_predicts_open_loop():
 
 
 def test_robustness_is_measured():
-    """Of draws that do not differ it is complete, of noise it is not."""
+    """Of draws that do not differ it is complete, of noise it is not; imagination sees its own episode."""
     agent = make_agent(*ARGV)
-    batch = make_batch(rows=6, steps=5, resets=[])
-    obs = {key: batch[key].reshape(3, 2, 5, *batch[key].shape[2:]).numpy() for key in ("image", "is_terminal")}
-    noise = models.measure_robustness(agent.world_model, agent.actor_critic, obs, batch["action"][:2].numpy())
-    equal = {key: np.repeat(values[:1], 3, 0) for key, values in obs.items()}
-    same = models.measure_robustness(agent.world_model, agent.actor_critic, equal, batch["action"][:2].numpy())
-    assert same["denoising_factor"] == pytest.approx(1.0, abs=1e-6) and noise["denoising_factor"] < 0.9
+    networks, batch = (agent.world_model, agent.actor_critic), make_batch(rows=6, steps=14, resets=[])
+    noise = {key: batch[key].unflatten(0, (3, 2)).numpy() for key in ("image", "position")}
+    equal = {key: np.repeat(values[:1], 3, 0) for key, values in noise.items()}
+    clean, action, reward = {key: x[0] for key, x in noise.items()}, batch["action"][:2].numpy(), batch["reward"][:2]
+    found, ideal = (models.diagnose(*networks, clean, seen, action, reward.numpy()) for seen in (noise, equal))
+    assert ideal["denoising_factor"].value == pytest.approx(1.0, abs=1e-6) and found["denoising_factor"].value < 0.9
+    assert ideal["acpc"].value == pytest.approx(0.0, abs=1e-6) and found["acpc"].value > 0.01
+    both = models.react(*networks, clean, action).imagined
+    alone = [models.react(*networks, {k: x[[e]] for k, x in clean.items()}, action[[e]]).imagined for e in range(2)]
+    assert both.shape[:3] == (2, 2, models.ACPC_STEPS)
+    torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)
 
 
 def test_actor_gradient_goes_through_tokens():
