@@ -770,7 +770,7 @@ def add_prefixes(metrics: dict) -> dict:
 class Learner:
     """Owns the updates owed to the collected experience, and checks each for NaN and infinity."""
 
-    # The two-hot loss of a NaN reward is finite, so rewards are checked as well.
+    # The two-hot loss of an infinite reward is finite, so rewards are checked as well.
     EXTREMES = ("train/min_reward", "train/max_reward")
 
     def __init__(self, agent: Agent, replay: tools.Replay, logger: tools.Logger, config: SimpleNamespace):

@@ -1,6 +1,7 @@
 """The real command as a subprocess: it trains, repeats itself, survives a kill, and refuses bad input in one line."""
 
 import copy
+import functools
 import json
 import os
 import resource
@@ -317,7 +318,8 @@ def test_nan_stops_the_run_and_keeps_the_batch(dots):
         dreamer.train(run, lambda: False)
     message, number = str(caught.value), run.count["update"]
     assert (
-        f"update {number} at step {run.step} is not finite (simsr_loss, min_reward, max_reward, model_loss" in message
+        f"update {number} at step {run.step} is not finite (reward_loss, simsr_loss, min_reward, max_reward, model_loss"
+        in message
     )
     assert "\n" not in message and "--on_nan skip" in message
     with np.load(logdir / f"nan_{number}.npz", allow_pickle=False) as batch:
@@ -583,7 +585,9 @@ def test_output_that_nobody_takes_does_not_end_a_run(name, tmp_path):
     logdir = tmp_path / "log"
     argv = f"{ROOT}/dreamer.py {DOT} --steps 100000000 --logdir {logdir}"
     shell = f"set -o pipefail; {STREAMS[name].format(python=sys.executable, argv=argv)}"
-    process = subprocess.Popen(["bash", "-c", shell], stdin=subprocess.DEVNULL, cwd=ROOT)
+    # Tests may themselves run where SIGHUP is ignored (nohup), which a run respects.
+    heed = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen(["bash", "-c", shell], stdin=subprocess.DEVNULL, cwd=ROOT, preexec_fn=heed)
     try:
         wait_for(lambda: rows_written(logdir, 120), process)
         for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or [process.pid]:
