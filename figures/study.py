@@ -6,12 +6,14 @@ A run is STUDY/PART/TASK/METHOD/SEED. Three tables in --out keep what was ever m
 STUDY any more, so a study may be made in pieces and on several machines:
 
 - study_runs.csv: a row per finished run: length, hours, commit, device, command.
-- study_values.csv: a row per finished run, step and metric: evaluation returns, and reward R^2 of world models.
+- study_values.csv: a row per finished run, step and metric: evaluation returns; reward R^2, errors of predicted
+  pictures and R^2 of states of world models.
 - study_robustness.csv: a row per run, clips and measure, from STUDY/robustness_*.csv of figures/robustness.py.
 
 From these: study.md, a table per part and task of means over seeds with 95% intervals (bootstrap over seeds, 10,000
-resamplings), and differences to HRSSM paired by seed; study_control.png and study_representation.png. Where an interval
-of a difference contains 0 the seeds do not tell the methods apart. With two seeds an interval is the range.
+resamplings), and differences to a base method (HRSSM) paired by seed; study_control.png and study_representation.png.
+Where an interval of a difference contains 0 the seeds do not tell the methods apart. With two seeds an interval is the
+range.
 """
 
 import sys
@@ -35,13 +37,14 @@ import tools
 from figures import plot
 
 RESULTS = Path(__file__).parent / "results"
-METRICS = ("eval/return", "eval/seen/return", "eval/unseen/return", "offline/reward_r2")
+METRICS = re.compile(r"eval/(seen/|unseen/)?return|offline/(reward_r2|.*_mse(_\d+)?|object_presence|state_r2_\d+)")
 RUNS = ("part", "task", "method", "seed", "steps", "hours", "commit", "device", "command")
 VALUES = ("part", "task", "method", "seed", "step", "metric", "value")
 MEASURES = ("part", "task", "method", "seed", "clips", "measure", "value")
 NAMES = {"neither": "neither loss", "nomlr": "no latent reconstruction", "nosimsr": "no bisimulation"} | plot.METHODS
 SHOWN = {"denoising_factor": 0.0, "probe_r2": -0.2, "reward_r2": -1.0}  # in bars, drawn down to these values
 BASE = "hrssm"  # the method that others are compared with
+OFFLINE_BASE = "autoencoder=internal"  # the same in part offline
 
 
 class Cell(NamedTuple):
@@ -80,7 +83,7 @@ def collect(study: Path) -> tuple[list[list], list[list]]:
             continue
         own, rows = cell(study, logdir), plot.read_rows(logdir)
         for row in rows:
-            values += [[*own, str(row["step"]), metric, float(row[metric])] for metric in METRICS if metric in row]
+            values += [[*own, str(row["step"]), key, float(row[key])] for key in row if METRICS.fullmatch(key)]
         saved = json.loads((logdir / "config.json").read_text())
         made = saved["runs"][-1]
         hours = max(row.get("time", 0.0) for row in rows) / 3600
@@ -120,20 +123,20 @@ def shown(values: Iterable[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """Markdown of measure -> method -> seed -> value: means, and differences to BASE paired by seed."""
+def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> list[str]:
+    """Markdown of measure -> method -> seed -> value: means, and differences to method `base` paired by seed."""
     methods = plot.unique(method for measure in results.values() for method in measure)
     lines = [f"| | {' | '.join(NAMES.get(method, method) for method in methods)} |", "|---" * (len(methods) + 1) + "|"]
     for measure, by_method in results.items():
-        digits = 1 if "return" in measure else 2
+        digits = 1 if "return" in measure else 4 if "mse" in measure else 2
         cells = [shown(by_method[m].values(), digits) if m in by_method else "" for m in methods]
         lines.append(f"| {measure} | {' | '.join(cells)} |")
-        base, paired = by_method.get(BASE, {}), []
+        own, paired = by_method.get(base, {}), []
         for method in methods:
-            both = base.keys() & by_method.get(method, {}).keys() if method != BASE else ()
-            paired.append(shown((base[s] - by_method[method][s] for s in sorted(both)), digits) if both else "")
-        if any(paired):
-            lines.append(f"| HRSSM minus this | {' | '.join(paired)} |")
+            both = own.keys() & by_method.get(method, {}).keys() if method != base else ()
+            paired.append(shown((own[s] - by_method[method][s] for s in sorted(both)), digits) if both else "")
+        if any(float(cell.split()[0]) for cell in paired if cell):  # not baselines, which are the same for all
+            lines.append(f"| {NAMES.get(base, base)} minus this | {' | '.join(paired)} |")
     seeds = {len(by_seed) for measure in results.values() for by_seed in measure.values()}
     return [*lines, "", f"Seeds: {min(seeds)}" + (f" to {max(seeds)}." if max(seeds) > min(seeds) else ".")]
 
@@ -152,7 +155,7 @@ def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str
             if not common:
                 continue
             step = max(common)
-            unit = "updates" if part == "representation" else "frames"
+            unit = "updates" if part in ("representation", "offline") else "frames"
             by_method = by_metric.setdefault(f"{metric} at {step:,} {unit}", {})
             for (method, seed), run in runs.items():
                 by_method.setdefault(method, {})[seed] = run[step]
@@ -249,7 +252,8 @@ def main(argv: list[str] | None = None) -> int:
             raise tools.UserError(f"no run of the study in {study}, and none in {out}: setup/study.sh makes them")
         lines = []
         for (part, task), results in sorted(last_values(all_values, all_measures).items()):
-            lines += [f"## {part}, {task}", "", *table(results), ""]
+            base = OFFLINE_BASE if part == "offline" else BASE
+            lines += [f"## {part}, {task}", "", *table(results, base), ""]
         (out / "study.md").write_text("\n".join(lines))
         parts = {row["part"] for row in all_values}
         if "control" in parts:

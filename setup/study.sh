@@ -12,6 +12,7 @@ usage: setup/study.sh --out DIR [--clips GLOB] [--seeds 0,1,2] [--tasks A,B] [--
   control         agents learn from pictures alone, with video and without
   masks           HRSSM with other shares and other kinds of masks
   sparse          sparse rewards, with Plan2Explore and with smoothed rewards
+  offline         world models alone learn from logged episodes of an expert: autoencoder regimes and dynamics
   measure         robustness of all world models, on clips that training did not show
   tables          collects all runs into figures/results/study_*.csv and draws them
 
@@ -31,7 +32,7 @@ die() {
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
 out='' seeds=0,1,2 tasks='' methods='' jobs=1 status='' parts=()
 clips=${HRSSM_ASSETS:-$HOME/.cache/hrssm}/dmcgs/video_hard/*.mp4
-all=(data representation control masks sparse measure tables)
+all=(data representation control masks sparse offline measure tables)
 while [ $# -gt 0 ]; do
   case $1 in
   -h | --help) usage && exit ;;
@@ -40,7 +41,7 @@ while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || die "$1 needs a value"
     printf -v "${1#--}" %s "$2" && shift 2
     ;;
-  data | representation | control | masks | sparse | measure | tables) parts+=("$1") && shift ;;
+  data | representation | control | masks | sparse | offline | measure | tables) parts+=("$1") && shift ;;
   *) die "unknown argument $1: see setup/study.sh --help" ;;
   esac
 done
@@ -62,6 +63,7 @@ all_tasks_of() {
     ;;
   masks) echo dmc_walker_stand_video ;;
   sparse) echo dmc_ball_in_cup_catch ;;
+  offline) echo gym_HalfCheetah-v5 ;;
   esac
 }
 all_methods_of() {
@@ -71,6 +73,10 @@ all_methods_of() {
   control) echo hrssm,dreamer,rssm,neither ;;
   masks) echo mask_ratio=0.3,mask_ratio=0.7,mask_by=motion,mask_by=reward,mask_by=value ;;
   sparse) echo hrssm,reward_smoothing=gaussian,expl_behavior=plan2explore+expl_extr_scale=1.0 ;;
+  offline)
+    local internal=autoencoder=internal
+    echo "$internal,autoencoder=external,autoencoder=frozen,$internal+dynamics=tssm,$internal+dyn_temp_post=False"
+    ;;
   esac
 }
 seeds_of() { if [ "$1" = data ]; then echo 0; else echo "$seeds"; fi; }
@@ -85,7 +91,26 @@ options_of() {
     ;;
   control | masks) printf '%s\n' --configs=small --final_episodes=20 "${video[@]}" ;;
   sparse) printf '%s\n' --configs=small --final_episodes=20 --steps=80000 ;;
+  offline)
+    printf '%s\n' --configs=offline_tiny --steps=2500 --eval_every=500 "--offline_traindir=$out/data/$2/train" \
+      "--offline_evaldir=$out/data/$2/held_out" --offline_state=state '--offline_object=r-b>40'
+    ;;
   esac
+}
+
+# Logged episodes of a linear expert, for training and held-out ones; interrupted recordings go on.
+record() {
+  local folder=$out/data/gym_HalfCheetah-v5 name episodes seed found
+  mkdir -p "$folder"
+  [ -e "$folder/expert.npz" ] ||
+    python "$root/setup/expert.py" --task gym_HalfCheetah-v5 --minutes 5 --out "$folder/expert.npz"
+  while read -r name episodes seed; do
+    found=$(find "$folder" -path "*/$name/*.npz" | wc -l)
+    [ "$found" -ge "$episodes" ] ||
+      python "$root/dreamer.py" --configs offline_tiny --task 'gym_HalfCheetah-v5?camera_name=track' --seed "$seed" \
+        --action_repeat 1 --time_limit 100 --record "$folder/$name" --record_policy "$folder/expert.npz" \
+        --record_episodes $((episodes - found)) </dev/null
+  done <<<$'train 50 0\nheld_out 10 1'
 }
 
 # Runs one seed of a part, task by task.
@@ -95,7 +120,7 @@ sweep() {
   [ -n "$chosen" ] || return 0
   for task in $(tasks_of "$1"); do
     mapfile -t options <<<"$(options_of "$1" "$task")"
-    [[ $task = *_video || $1 = sparse ]] || options=("${options[@]:0:2}")
+    [[ $task = *_video || $1 != control ]] || options=("${options[@]:0:2}")
     "$root/setup/sweep.sh" --logdir "$out/$1" --tasks "$task" --methods "$chosen" --seeds "$2" --jobs "$jobs" \
       -- "${options[@]}"
   done
@@ -104,7 +129,7 @@ sweep() {
 if [ -n "$status" ]; then
   results=$root/figures/results/study_runs.csv
   printf '%-16s %10s %10s\n' part finished runs
-  for part in "${all[@]:0:5}"; do
+  for part in "${all[@]:0:6}"; do
     finished=0 total=0
     for task in $(tasks_of "$part"); do
       for method in $(methods_of "$part"); do
@@ -128,6 +153,10 @@ for seed in "${all_seeds[@]}"; do
     case $part in
     measure | tables) ;;
     data) sweep data 0 ;;
+    offline)
+      record
+      sweep offline "$seed"
+      ;;
     *) sweep "$part" "$seed" ;;
     esac
   done
@@ -141,7 +170,14 @@ for part in "${parts[@]}"; do
         --episodes 0 --out "$out/robustness_$task.png"
     done
     ;;
-  tables) python "$root/figures/study.py" "$out" ;;
+  tables)
+    python "$root/figures/study.py" "$out"
+    for task in $(tasks_of offline); do
+      runs=("$out/offline/$task"/*/*/sweep.done)
+      [ ! -e "${runs[0]}" ] || python "$root/figures/openloop.py" --data "$out/data/$task/held_out" --object 'r-b>40' \
+        --runs "${runs[@]%/sweep.done}" --out "$root/figures/results/study_${task#gym_}.png"
+    done
+    ;;
   esac
 done
 exit
