@@ -506,9 +506,17 @@ class Decoder(nn.Module):
             outputs |= {k: full(layer(hidden)) for k, layer in self.out.items()}
         return outputs
 
-    def losses(self, outputs: dict[str, Tensor], obs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Squared error of each key, summed over pixels or over symlog vector entries, shape (...)."""
-        losses = {key: ((outputs[key] - obs[key]) ** 2).sum((-3, -2, -1)) for key in self.image_shapes}
+    def losses(
+        self, outputs: dict[str, Tensor], obs: dict[str, Tensor], weights: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Squared error of each key, summed over pixels or over symlog vector entries, shape (...).
+
+        `weights` (...,H,W,1) of the pixels of a key, if there are any.
+        """
+        losses = {}
+        for key in self.image_shapes:
+            error = (outputs[key] - obs[key]) ** 2
+            losses[key] = (error * weights[key] if weights else error).sum((-3, -2, -1))
         for key in self.vector_shapes:
             error = (outputs[key] - symlog(obs[key])) ** 2
             losses[key] = torch.where(error < 1e-8, 0.0, error).sum(-1)  # as dreamerv3-torch
