@@ -823,12 +823,12 @@ def measure_windows(
     """What the model makes of held-out `episodes` (T,...): arrays (N,HORIZON), NaN after the end of an episode.
 
     `kl`, `prior_ent`, `post_ent` (nats), `reward` and `reward_pred` of the filter; `feat` (N,HORIZON,F) in imagination
-    and `closed_feat` of the filter, the vector observation named by `state` (N,HORIZON,S), and `episode` (N,). With `draw`, which maps features (...,F)
-    to pictures in [-0.5, 0.5], also the errors of pixels in [0, 1] against `target`: `closed_*` of the filter, `open_*`
-    in imagination, `shuffled_mse` the same with the actions of another episode, `copy_mse` of the last picture seen,
-    `mean_mse` of `mean_frame` (H,W,C), and the part of `open_mse` on pixels that have just changed by more than MOVED
-    (`moving_mse`, with the baselines `copy_moving_mse` and `mean_moving_mse`) and on the others (`still_mse`). Latents
-    are modes: nothing is drawn at random.
+    and `closed_feat` of the filter, the vector observation named by `state` (N,HORIZON,S), and `episode` (N,). With
+    `draw`, which maps features (...,F) to pictures in [-0.5, 0.5], also the errors of pixels in [0, 1] against
+    `target`: `closed_*` of the filter, `open_*` in imagination, `shuffled_mse` the same with the actions of another
+    episode, `copy_mse` of the last picture seen, `mean_mse` of `mean_frame` (H,W,C), and the part of `open_mse` on
+    pixels that have just changed by more than MOVED (`moving_mse`, with the baselines `copy_moving_mse` and
+    `mean_moving_mse`) and on the others (`still_mse`). Latents are modes: nothing is drawn at random.
 
     `part` (see `object_rule`) finds an object in the truth: `object_mse` is `open_mse` on its pixels, `rest_mse` on the
     others, `copy_object_mse` and `mean_object_mse` are the baselines there, and `object_presence` says how much of its
@@ -935,7 +935,9 @@ def object_rule(text: str) -> ObjectRule:
         more, less, least = "rgb".index(colour[1]), "rgb".index(colour[2]), int(colour[3]) / 255.0
         return ObjectRule(lambda picture, data: picture[..., more] - picture[..., less] > least)
     if square and int(square[2]) % 2:
-        return ObjectRule(lambda picture, data: around(data, square[1], int(square[2]), picture.shape[-3:-1]), square[1])
+        return ObjectRule(
+            lambda picture, data: around(data, square[1], int(square[2]), picture.shape[-3:-1]), square[1]
+        )
     raise tools.UserError(
         f"{text!r} is no rule for an object: write its colour as r-b>40, or the vector that holds its position and an "
         "odd number of pixels as ball:5"
@@ -945,7 +947,9 @@ def object_rule(text: str) -> ObjectRule:
 def around(data: Mapping[str, Tensor], key: str, edge: int, size: Sequence[int]) -> Tensor:
     """Square of `edge` pixels around the positions (...,2) in `data[key]`, in pictures of `size` (H, W): (...,H,W)."""
     if key not in data or data[key].shape[-1] != 2:
-        raise tools.UserError(f"--offline_object {key}:{edge}: the episodes hold no vector {key} of two numbers, x and y")
+        raise tools.UserError(
+            f"--offline_object {key}:{edge}: the episodes hold no vector {key} of two numbers, x and y"
+        )
     places, (height, width) = data[key], size
     column, row = (places * places.new_tensor([width, height])).floor().unsqueeze(-1).unbind(-2)
     columns, rows = torch.arange(width).to(places), torch.arange(height).to(places)
