@@ -972,19 +972,20 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     kernel = torch.exp(-0.5 * ((torch.arange(edge).to(x) - (edge - 1) / 2) / 1.5) ** 2)
     kernel = kernel / kernel.sum()
 
-    def blur(z: Tensor) -> Tensor:
-        z = torch.nn.functional.conv2d(z, kernel.reshape(1, 1, edge, 1))
-        return torch.nn.functional.conv2d(z, kernel.reshape(1, 1, 1, edge))
+    # (H - edge + 1, H) and (W - edge + 1, W): as products, several times as fast on a CPU as convolutions.
+    rows, columns = (torch.eye(size).to(x).unfold(0, edge, 1) @ kernel for size in x.shape[-3:-1])
 
-    lead = x.shape[:-3]
-    # (N * C, 1, H, W)
-    x, y = (z.flatten(0, -4).movedim(-1, 1).flatten(0, 1).unsqueeze(1) for z in (x, y))
+    def blur(z: Tensor) -> Tensor:
+        return rows @ z @ columns.T
+
+    # (..., C, H, W)
+    x, y = x.movedim(-1, -3), y.movedim(-1, -3)
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y, covariance = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    return similarity.mean((-3, -2, -1)).reshape(*lead, -1).mean(-1)
+    return similarity.mean((-3, -2, -1))
 
 
 def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -1015,11 +1016,12 @@ def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], d
     return metrics, curves
 
 
-def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray], penalty: float = 1.0) -> dict[int, float]:
+def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray], penalty: float = 1.0) -> dict[str, float]:
     """R^2 of a linear readout of `state` (N,HORIZON,S) from features (N,HORIZON,F), on `test`.
 
-    At each of HORIZONS from `feat` in imagination, by one regression on all rows of `train`; at 0 from `closed_feat` of
-    the filter. Standardised ridge regression; R^2 over the standardised entries together.
+    "h" at each of HORIZONS from `feat` in imagination, by one regression on all rows of `train`; "0" from `closed_feat`
+    of the filter. Standardised ridge regression; R^2 over the standardised entries together, and of a vector of two or
+    three entries, which is a place, also of each entry i by itself, "h_i".
     """
     state, found = torch.from_numpy(test["state"]).double(), {}
     for name, horizons in (("closed_feat", (0,)), ("feat", HORIZONS)):
@@ -1032,8 +1034,10 @@ def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray], penalt
             kept = truth.isfinite().all(-1) & guess.isfinite().all(-1)
             truth, guess = truth[kept], guess[kept]
             if len(truth) > 1:
-                wrong = (truth - guess).square().sum() / (truth - truth.mean(0)).square().sum()
-                found[h] = float(1.0 - wrong)
+                wrong, spread = (truth - guess).square().sum(0), (truth - truth.mean(0)).square().sum(0)
+                found[f"{h}"] = float(1.0 - wrong.sum() / spread.sum())
+                if 2 <= len(wrong) <= 3:
+                    found |= {f"{h}_{i}": float(x) for i, x in enumerate(1.0 - wrong / spread)}
     return found
 
 

@@ -38,7 +38,7 @@ from figures import plot
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = re.compile(
-    r"eval/(seen/|unseen/)?return|offline/(reward_r2|.*_mse(_\d+)?|(closed_)?object_presence|state_r2_\d+)"
+    r"eval/(seen/|unseen/)?return|offline/(reward_r2|.*_mse(_\d+)?|(closed_)?object_presence|state_r2_\d+(_\d+)?)"
 )
 RUNS = ("part", "task", "method", "seed", "steps", "hours", "commit", "device", "command")
 VALUES = ("part", "task", "method", "seed", "step", "metric", "value")

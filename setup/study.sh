@@ -103,7 +103,7 @@ options_of() {
       "--offline_evaldir=$out/data/$2/held_out" --offline_state=state '--offline_object=r-b>40'
     ;;
   breakout)
-    printf '%s\n' --configs=offline_tiny --steps=5000 --eval_every=1000 --size=64,64 --autoencoder=internal \
+    printf '%s\n' --configs=offline_tiny --steps=2500 --eval_every=1250 --size=64,64 --autoencoder=internal \
       "${discrete[@]}" "--offline_traindir=$out/data/$2/train" "--offline_evaldir=$out/data/$2/held_out" \
       --offline_state=ball --offline_object=ball:5
     ;;
