@@ -539,12 +539,14 @@ class ActorCritic(nn.Module):
 
     def imagine(
         self, dynamics: RSSM, start: State, leaves: list | None = None
-    ) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
-        """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N).
+    ) -> tuple[list[Tensor], Tensor, Tensor, Normal | OneHot]:
+        """Roll the policy out from `start` (N,*): logits of H states (N,*), features (H,N,F), actions (H,N,A), policies (H,N).
 
         Into a list `leaves` go (action, draw) of each step, and no gradient leads from an action to the actor.
         """
         states, feats, actions, outputs, at_once = [start], [], [], [], leaves is not None
+        by_hand = at_once and self.imag_sample and dynamics.default_structure
+        layers = dynamics.recorded_layers(self.imag_horizon - 1, len(start.deter)) if by_hand else None
         with self.actor.record() if at_once else contextlib.nullcontext() as recorded:
             for k in range(self.imag_horizon):
                 feats.append(states[k].feat)
@@ -556,10 +558,16 @@ class ActorCritic(nn.Module):
                 if leaves is not None:
                     leaves.append((actions[k].requires_grad_(), draw))
                 if k < self.imag_horizon - 1:
-                    states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
-        feat = torch.stack(feats)
+                    step = (states[k], actions[k])
+                    recorded_step = dynamics.recorded_step
+                    states.append(recorded_step(*step, layers) if layers else dynamics.img_step(*step, self.imag_sample))
+        if layers:
+            state = dynamics.imagined(states, torch.stack(actions[:-1]), layers)
+            feat, logits = state.feat, [start.logit, *state.logit]
+        else:
+            feat, logits = torch.stack(feats), [state.logit for state in states]
         out = self.actor.repeat(feat.detach(), recorded) if recorded else torch.stack(outputs)
-        return states, feat, bound_action(torch.stack(actions)), self.actor.policy(out)
+        return logits, feat, bound_action(torch.stack(actions)), self.actor.policy(out)
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -573,7 +581,7 @@ class ActorCritic(nn.Module):
             # Step by step the actor's backward pass would take as many small operations as there are steps.
             at_once = self.behavior_stop_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
             leaves: list | None = [] if at_once else None
-            states, feat, action, policy = self.imagine(world_model.dynamics, start, leaves)
+            logits, feat, action, policy = self.imagine(world_model.dynamics, start, leaves)
             entropy = policy.entropy()
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
             discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
@@ -582,8 +590,7 @@ class ActorCritic(nn.Module):
         value = self.critic.distribution(critic_out).mode.squeeze(-1)
         state_entropy = None
         if self.actor_state_entropy > 0:
-            logit = torch.stack([state.logit for state in states])
-            state_entropy = world_model.dynamics.entropy(world_model.dynamics.dist(logit))
+            state_entropy = world_model.dynamics.entropy(world_model.dynamics.dist(torch.stack(logits)))
         if self.future_entropy:
             reward = reward + self.actor_entropy * entropy
             if state_entropy is not None:

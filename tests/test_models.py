@@ -588,11 +588,11 @@ def test_draws_have_one_source(monkeypatch):
     agent, batch = make_agent(discrete=True), make_batch(discrete=True)
     dynamics, leaves = agent.world_model.dynamics, []
     post, prior = agent.world_model.loss(batch)[1][1:3]
-    states, _, action, policy = agent.actor_critic.imagine(
-        dynamics, post.map(lambda x: x.detach().flatten(0, 1)), leaves
-    )
+    logits, feat, action, policy = agent.actor_critic.imagine(dynamics, post.detach().flatten(), leaves)
     carry = agent.policy({key: value[:, 0].numpy() for key, value in batch.items() if key != "reward"}, None)[1]
-    for state in (post, prior, *states, carry.state):
+    stoch, _ = feat.tensor_split([dynamics.stoch_size], -1)
+    imagined = networks.State(feat, stoch.unflatten(-1, dynamics.stoch_shape), torch.stack(logits))
+    for state in (post, prior, imagined, carry.state):
         assert torch.equal(state.stoch.argmax(-1), dynamics.dist(state.logit).probs.argmin(-1))
     for taken in (action, torch.stack([action for action, _ in leaves])):
         assert torch.equal(taken.argmax(-1), policy.probs.argmin(-1))
