@@ -444,20 +444,45 @@ class ReturnNorm(nn.Module):
     """Running 5% and 95% quantiles of the returns; the scale is their distance, at least 1 (DreamerV3)."""
 
     quantiles: Tensor
-    levels: Tensor
+    LEVELS = (0.05, 0.95)
 
     def __init__(self, rate: float = 0.01):
         super().__init__()
         self.rate = rate
         self.register_buffer("quantiles", torch.zeros(2))
-        self.register_buffer("levels", torch.tensor([0.05, 0.95]), persistent=False)
 
     def forward(self, returns: Tensor) -> tuple[Tensor, Tensor]:
         """Update from `returns` (any shape), then give offset and scale, both 0-d."""
-        returns = tools.gather_ranks(returns.detach().flatten())
-        self.quantiles.lerp_(torch.quantile(returns, self.levels), self.rate)
+        ordered = tools.gather_ranks(returns.detach().flatten()).sort().values
+        last, found = len(ordered) - 1, []
+        for level in self.LEVELS:
+            low = int(level * last)
+            found.append(torch.lerp(ordered[low], ordered[min(low + 1, last)], level * last - low))
+        self.quantiles.lerp_(torch.stack(found), self.rate)
         low, high = self.quantiles.clone().unbind()
         return low, (high - low).clamp(min=1.0)
+
+
+class DiscountedSum(torch.autograd.Function):
+    """y_k = x_k + d_k y_{k+1} for k = H-1 .. 0, from x and d (H,N) and y_H = `last` (N,)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, d: Tensor, last: Tensor) -> Tensor:
+        sums = [last]
+        for x_k, d_k in zip(reversed(x.unbind()), reversed(d.unbind()), strict=True):
+            sums.append(torch.addcmul(x_k, d_k, sums[-1]))
+        y = torch.stack(sums[::-1])
+        ctx.save_for_backward(d, y)
+        return y[:-1]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        d, y = ctx.saved_tensors
+        totals = [gradient[0]]
+        for gradient_k, d_k in zip(gradient[1:].unbind(), d[:-1].unbind(), strict=True):
+            totals.append(torch.addcmul(gradient_k, d_k, totals[-1]))
+        total = torch.stack(totals)
+        return total, total * y[1:], total[-1] * d[-1]
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
@@ -465,14 +490,8 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: floa
 
     All inputs are (H, N) along one imagined trajectory; the result is (H - 1, N).
     """
-    # (H - 1, N): what does not depend on the recursion is computed for all steps at once.
-    known = (reward[1:] + (1.0 - lambda_) * discount[1:] * value[1:]).unbind()
-    decay = (lambda_ * discount[1:]).unbind()
-    last, returns = value[-1], []
-    for k in reversed(range(len(known))):
-        last = torch.addcmul(known[k], decay[k], last)
-        returns.append(last)
-    return torch.stack(returns[::-1])
+    known = reward[1:] + (1.0 - lambda_) * discount[1:] * value[1:]
+    return DiscountedSum.apply(known, lambda_ * discount[1:], value[-1])
 
 
 class ActorCritic(nn.Module):
@@ -627,11 +646,11 @@ class ActorCritic(nn.Module):
             actor_loss = actor_loss + (by_actions - by_actions.detach())
 
         critic = self.critic.distribution(critic_out[:-1])
-        log_likelihood = critic.log_prob(returns.detach())
+        targets = [returns.detach()]
         if self.slow_critic is not None:
             with torch.no_grad(), autocast(start.deter, self.bf16):
-                slow = self.slow_critic(feat[:-1]).mode.squeeze(-1)
-            log_likelihood = log_likelihood + critic.log_prob(slow)
+                targets.append(self.slow_critic(feat[:-1]).mode.squeeze(-1))
+        log_likelihood = sum(critic.log_prob(target) for target in targets)
         value_loss = (weight * -log_likelihood).mean()
         if self.value_decay:
             value_loss = value_loss + self.value_decay * (weight * critic.mode.squeeze(-1)).mean()

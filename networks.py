@@ -9,6 +9,7 @@ across implementations. Sizes follow DreamerV3 (Hafner et al., 2023), on which H
 
 import contextlib
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -28,7 +29,11 @@ TRUNCATED_STD = 0.87962566103423978
 
 def draw_onehot(probs: Tensor) -> Tensor:
     """One one-hot draw per row of `probs` (..., K), of sum 1, by inverting their cumulative sum. No host sync."""
-    index = torch.searchsorted(probs[..., :-1].cumsum(-1), torch.rand_like(probs[..., :1]), right=True)
+    cumulative, uniform = probs[..., :-1].cumsum(-1), torch.rand_like(probs[..., :1])
+    if few_classes(probs):
+        index = (cumulative <= uniform).sum(-1, keepdim=True)
+    else:
+        index = torch.searchsorted(cumulative, uniform, right=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
@@ -45,11 +50,13 @@ def symlog(x: Tensor) -> Tensor:
 
 
 def symexp(x: Tensor) -> Tensor:
-    return torch.sign(x) * torch.expm1(torch.abs(x))
+    return torch.sign(x.detach()) * torch.expm1(torch.abs(x))
 
 
 def bound_action(action: Tensor) -> Tensor:
     """a / max(1, |a|) with a detached divisor: bounded to [-1, 1], with gradients outside."""
+    if not (action.requires_grad and torch.is_grad_enabled()):
+        return action.clamp(-1.0, 1.0)
     return action / action.detach().abs().clamp(min=1.0)
 
 
@@ -58,19 +65,24 @@ def full(x: Tensor) -> Tensor:
     return x.to(torch.get_default_dtype())
 
 
+def few_classes(x: Tensor) -> bool:
+    """Whether the CPU's kernels along the last axis are slow, as they are for short rows x (..., K)."""
+    return not x.is_cuda and x.shape[-1] < 8
+
+
 def softmax(logits: Tensor) -> Tensor:
     """Softmax over the last axis. For few classes the CPU kernel is five times faster along the first axis."""
-    if logits.is_cuda or logits.shape[-1] >= 8:
-        return torch.softmax(logits, -1)
-    return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1).contiguous()
+    if few_classes(logits):
+        return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1).contiguous()
+    return torch.softmax(logits, -1)
 
 
 def softmax_backward(gradient: Tensor, probs: Tensor) -> Tensor:
     """The gradient of logits from that of their softmax `probs`."""
     backward = torch.ops.aten._softmax_backward_data.default
-    if probs.is_cuda or probs.shape[-1] >= 8:
-        return backward(gradient, probs, -1, probs.dtype)
-    return backward(gradient.movedim(-1, 0), probs.movedim(-1, 0), 0, probs.dtype).movedim(0, -1)
+    if few_classes(probs):
+        return backward(gradient.movedim(-1, 0), probs.movedim(-1, 0), 0, probs.dtype).movedim(0, -1)
+    return backward(gradient, probs, -1, probs.dtype)
 
 
 # --- distributions --------------------------------------------------------------------------------------------------
@@ -86,6 +98,21 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return None, gradient
+
+
+class Pick(torch.autograd.Function):
+    """`x.gather(-1, index)` for indices that differ within a row: the gradient is written, not added up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.gather(-1, index)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).scatter_(-1, index, gradient), None
 
 
 class OneHot:
@@ -198,12 +225,17 @@ class TwoHot:
         return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Two-hot log-likelihood of scalars `x` (...) without gradient, shape (...)."""
-        x = symlog(x).clamp(-self.LIMIT, self.LIMIT).unsqueeze(-1)
-        # (..., 255): the mass of a bucket falls linearly to zero at its neighbours; out of range the last takes all.
-        width = 2.0 * self.LIMIT / (len(self.buckets) - 1)
-        mass = (1.0 - (x - self.buckets).abs() / width).clamp(min=0.0)
-        return (self.log_probs * mass).sum(-1)
+        """Two-hot log-likelihood of scalars `x` (...) without gradient, shape (...).
+
+        Two buckets share the mass in proportion to their nearness. Out of range the last takes all.
+        """
+        last = len(self.buckets) - 1
+        position = (symlog(x) * (0.5 * last / self.LIMIT) + 0.5 * last).clamp(0.0, last)
+        low = position.clamp(max=last - 1).long()
+        share = position - low
+        # (..., 2)
+        near = Pick.apply(self.log_probs, torch.stack([low, low + 1], -1))
+        return (near * torch.stack([1.0 - share, share], -1)).sum(-1)
 
 
 class Bernoulli:
@@ -263,7 +295,7 @@ def join(parts: list[Tensor]) -> Tensor:
 def split_linear(blocks: nn.Sequential, sizes: list[int]) -> tuple[Tensor, ...]:
     """The first weight (units, sum(sizes)) split by inputs: W [x; y] = W_x x + W_y y avoids joining x and y."""
     weight: Tensor = blocks[0].weight
-    return weight.split(sizes, 1)
+    return weight.tensor_split(list(itertools.accumulate(sizes))[:-1], 1)
 
 
 def dense_blocks(inputs: int, units: int, layers: int, act: str, norm: str) -> nn.Sequential:
@@ -655,7 +687,8 @@ class ActorHead(MLP):
             return Normal(out, torch.ones_like(out))
         mean, raw_std = out.chunk(2, -1)
         if self.dist == "normal":
-            std = (self.max_std - self.min_std) * torch.sigmoid(raw_std + 2.0) + self.min_std
+            # min + (max - min) sigmoid(x + 2), with one operation less
+            std = torch.rsub(torch.sigmoid(raw_std + 2.0), self.min_std, alpha=self.min_std - self.max_std)
         else:
             std = 2.0 * torch.sigmoid(raw_std / 2.0) + self.min_std
         return Normal(torch.tanh(mean), std)
@@ -767,9 +800,9 @@ class RecordedLinear:
         _, mean, own = self.normed[t]
         return self._norm_backward(gradient, self.outputs[t], mean, own if rstd is None else rstd, False)[0]
 
-    def norm_backward_all(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of all outputs (T,B,*), and of weight and bias of the norm."""
-        return self._norm_backward(gradient, self.outputs, self.kept(1), self.kept(2), True)
+    def norm_backward_all(self, gradient: Tensor, trained: bool = True) -> tuple[Tensor, ...]:
+        """Gradients of all outputs (T,B,*) and, if `trained`, of weight and bias of the norm."""
+        return self._norm_backward(gradient, self.outputs, self.kept(1), self.kept(2), trained)
 
     def kept(self, number: int) -> Tensor:
         """One of `normed` of all steps (T,B,*)."""
@@ -1236,8 +1269,9 @@ class StepsGradient(torch.autograd.Function):
                 deter_total = torch.addcmul(deter_grad[t - 1], h_total, goes_on[t])
 
         x_totals, *others = zip(*reversed(totals), strict=True)
-        grad_x, *norm_x = layers.stoch.norm_backward_all(torch.stack(x_totals))
-        if not any(needed[1:]):
+        trained = any(needed[1:])
+        grad_x, *norm_x = layers.stoch.norm_backward_all(torch.stack(x_totals), trained)
+        if not trained:
             return *[None] * 8, grad_x, *[None] * (len(needed) - 1)
         deter_totals, out_totals, draw_totals = map(torch.stack, others)
         grad_gates, *norm_gates = layers.gru.norm_backward_all((deter_totals.unsqueeze(2) * slopes).flatten(2))
