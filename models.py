@@ -579,7 +579,9 @@ class ActorCritic(nn.Module):
                 if k < self.imag_horizon - 1:
                     step = (states[k], actions[k])
                     recorded_step = dynamics.recorded_step
-                    states.append(recorded_step(*step, layers) if layers else dynamics.img_step(*step, self.imag_sample))
+                    states.append(
+                        recorded_step(*step, layers) if layers else dynamics.img_step(*step, self.imag_sample)
+                    )
         if layers:
             state = dynamics.imagined(states, torch.stack(actions[:-1]), layers)
             feat, logits = state.feat, [start.logit, *state.logit]
@@ -650,7 +652,7 @@ class ActorCritic(nn.Module):
         if self.slow_critic is not None:
             with torch.no_grad(), autocast(start.deter, self.bf16):
                 targets.append(self.slow_critic(feat[:-1]).mode.squeeze(-1))
-        log_likelihood = sum(critic.log_prob(target) for target in targets)
+        log_likelihood = critic.log_prob(torch.stack(targets)).sum(0)
         value_loss = (weight * -log_likelihood).mean()
         if self.value_decay:
             value_loss = value_loss + self.value_decay * (weight * critic.mode.squeeze(-1)).mean()

@@ -225,16 +225,17 @@ class TwoHot:
         return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Two-hot log-likelihood of scalars `x` (...) without gradient, shape (...).
+        """Two-hot log-likelihood of scalars `x` (...), or of several (n,...), without gradient, in the shape of `x`.
 
         Two buckets share the mass in proportion to their nearness. Out of range the last takes all.
         """
         last = len(self.buckets) - 1
         position = (symlog(x) * (0.5 * last / self.LIMIT) + 0.5 * last).clamp(0.0, last)
-        low = position.clamp(max=last - 1).long()
+        # NaN makes any number here, and stays NaN below.
+        low = position.long().clamp(0, last - 1)
         share = position - low
         # (..., 2)
-        near = Pick.apply(self.log_probs, torch.stack([low, low + 1], -1))
+        near = Pick.apply(self.log_probs.expand(*x.shape, -1), torch.stack([low, low + 1], -1))
         return (near * torch.stack([1.0 - share, share], -1)).sum(-1)
 
 
@@ -795,22 +796,20 @@ class RecordedLinear:
         self.normed.append(torch.native_layer_norm(y, y.shape[-1:], norm.weight, norm.bias, norm.eps))
         return self.normed[-1][0]
 
-    def norm_backward(self, t: int, gradient: Tensor, rstd: Tensor | None = None) -> Tensor:
-        """Gradient of step t's output (B,*) from that of what the norm made of it."""
-        _, mean, own = self.normed[t]
-        return self._norm_backward(gradient, self.outputs[t], mean, own if rstd is None else rstd, False)[0]
-
-    def norm_backward_all(self, gradient: Tensor, trained: bool = True) -> tuple[Tensor, ...]:
-        """Gradients of all outputs (T,B,*) and, if `trained`, of weight and bias of the norm."""
-        return self._norm_backward(gradient, self.outputs, self.kept(1), self.kept(2), trained)
-
     def kept(self, number: int) -> Tensor:
-        """One of `normed` of all steps (T,B,*)."""
+        """One of `normed`, of all steps (T,B,*)."""
         return torch.stack([normed[number] for normed in self.normed])
 
-    def _norm_backward(self, gradient, y, mean, rstd, trained):
-        args = gradient, full(y), y.shape[-1:], mean, rstd, self.norm.weight, self.norm.bias, [True, trained, trained]
-        return torch.ops.aten.native_layer_norm_backward.default(*args)
+    def norm_backward(
+        self, gradient: Tensor, t: int | None = None, rstd: Tensor | None = None, trained: bool = False
+    ) -> tuple[Tensor, ...]:
+        """From the gradient of what the norm gave at step t, or at all: that of its input, if `trained` of its weights."""
+        if t is None:
+            y, mean, own = self.outputs, self.kept(1), self.kept(2)
+        else:
+            y, mean, own = self.outputs[t], *self.normed[t][1:]
+        args = gradient, full(y), y.shape[-1:], mean, own if rstd is None else rstd, self.norm.weight, self.norm.bias
+        return torch.ops.aten.native_layer_norm_backward.default(*args, [True, trained, trained])
 
 
 # --- latent dynamics ------------------------------------------------------------------------------------------------
@@ -1046,7 +1045,7 @@ class RSSM(nn.Module):
 
     def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
         """q(z | h, e) for any leading axes."""
-        return self._posterior(deter, self._embed_part(embed), self._step_layers(), sample)
+        return self._output(self.post_hidden, deter, self._embed_part(embed), self._step_layers(), sample)
 
     def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
         """One step of imagination: the prior after `action` (..., A). `embed` serves `shared` posteriors only."""
@@ -1055,7 +1054,9 @@ class RSSM(nn.Module):
     @torch.no_grad()
     def recorded_step(self, state: State, action: Tensor, layers: StepLayers) -> State:
         """`img_step` by `recorded_layers`; `imagined` adds the gradients of all steps."""
-        return self._output(self.prior_hidden, self._recur(state, self._action_part(action), layers), None, layers, True)
+        return self._output(
+            self.prior_hidden, self._recur(state, self._action_part(action), layers), None, layers, True
+        )
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
         """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
@@ -1083,10 +1084,8 @@ class RSSM(nn.Module):
                 before = self.shift(post, is_first, initial)
                 goes_on = (~is_first.t()).unsqueeze(-1).to(embed.dtype)
                 goes_on[0] = 0.0
-            h, z, *after, action_part, embed_part = (x.transpose(0, 1) for x in (*before[:2], *post[:3], *parts))
-            z = z.flatten(2)
-            post = self._with_gradient(layers, goes_on, [h, z], after, action_part, embed_part, *initial[:2])
-            post = post.map(lambda x: x.transpose(0, 1))
+            steps = (x.transpose(0, 1) for x in (before.deter, before.stoch.flatten(2), *post[:3], *parts))
+            post = self._with_gradient(layers, False, goes_on, *steps, *initial[:2]).map(lambda x: x.transpose(0, 1))
         if self.shared:
             action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
@@ -1109,7 +1108,11 @@ class RSSM(nn.Module):
     ) -> State:
         """The posterior of one step from prepared inputs (see `_filter_inputs`)."""
         deter = self._recur(where_state(is_first, initial, state), action_part, layers)
-        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, layers, sample)
+        return (
+            self.prior(deter, sample)
+            if self.shared
+            else self._output(self.post_hidden, deter, embed_part, layers, sample)
+        )
 
     def _step_weights(self, prior: bool) -> tuple[Tensor, ...]:
         """The weights of `StepLayers`, in their order, and the bias of the last."""
@@ -1148,17 +1151,14 @@ class RSSM(nn.Module):
         deter, stoch = (torch.stack([state[i] for state in states]) for i in range(2))
         logit = full(layers.out.outputs).unflatten(-1, self.logit_shape)
         goes_on = deter.new_ones(len(action), 1, 1)
-        before, after = [deter[:-1], stoch[:-1].flatten(2)], [deter, stoch, logit]
-        return self._with_gradient(layers, goes_on, before, after, self._action_part(action))
+        steps = goes_on, deter[:-1], stoch[:-1].flatten(2), deter, stoch, logit
+        return self._with_gradient(layers, True, *steps, self._action_part(action), None, None, None)
 
-    def _with_gradient(
-        self, layers: StepLayers, goes_on: Tensor, before: list[Tensor], after: list[Tensor], *inputs: Tensor | None
-    ) -> State:
-        """State `after` steps that ran without gradients on recorded `layers`, with gradients; see `StepsGradient`."""
-        norms = self.input[1], self.cell.norm, (self.post_hidden if len(inputs) > 1 else self.prior_hidden)[1]
-        parameters = *self._step_weights(len(inputs) == 1), *(p for norm in norms for p in (norm.weight, norm.bias))
-        inputs = (*inputs, None, None, None)[:4]
-        return State(*StepsGradient.apply(self, layers, goes_on, *before, *after, *inputs, *parameters))
+    def _with_gradient(self, layers: StepLayers, prior: bool, *inputs: Tensor | None) -> State:
+        """The state after steps on `recorded_layers`, with gradients; `inputs` are those of `StepsGradient`."""
+        norms = self.input[1], self.cell.norm, (self.prior_hidden if prior else self.post_hidden)[1]
+        parameters = *self._step_weights(prior), *(p for norm in norms for p in (norm.weight, norm.bias))
+        return State(*StepsGradient.apply(self, layers, *inputs, *parameters))
 
     # `StepsGradient` differentiates `_recur` and `_output` by hand: who changes one of them changes it too or makes
     # `default_structure` False. In tests/test_models.py test_gradient_of_the_filter_is_that_of_its_steps and
@@ -1171,9 +1171,6 @@ class RSSM(nn.Module):
         for _ in range(self.rec_depth):
             x = self.cell(x, state.deter, layers.gru)
         return x
-
-    def _posterior(self, deter: Tensor, embed_part: Tensor, layers: StepLayers, sample: bool) -> State:
-        return self._output(self.post_hidden, deter, embed_part, layers, sample)
 
     def _output(
         self, hidden: nn.Sequential, deter: Tensor, part: Tensor | None, layers: StepLayers, sample: bool
@@ -1257,25 +1254,28 @@ class StepsGradient(torch.autograd.Function):
         for t in reversed(range(len(h))):
             draw_total = softmax_backward(stoch_total.view_as(probs[t]), probs[t]).flatten(1)
             out_total = silu_backward(product(draw_total, draw_w, hidden_grad[t]), layers.deter.normed[t][0])
-            deter_total = product(layers.deter.norm_backward(t, out_total), deter_w, deter_total)
+            deter_total = product(layers.deter.norm_backward(out_total, t)[0], deter_w, deter_total)
             gates_total = (deter_total.unsqueeze(1) * slopes[t]).flatten(1)
-            joint_total = product(layers.gru.norm_backward(t, gates_total), gru_w)
+            joint_total = product(layers.gru.norm_backward(gates_total, t)[0], gru_w)
             x_total, h_total = joint_total.tensor_split([len(stoch_w)], -1)
             x_total = silu_backward(x_total, layers.stoch.normed[t][0])
             totals.append((x_total, deter_total, out_total, draw_total))
             if t:
-                stoch_total = product(layers.stoch.norm_backward(t, x_total, rstd[t]), stoch_w, stoch_grad[t - 1])
+                input_total = layers.stoch.norm_backward(x_total, t, rstd[t])[0]
+                stoch_total = product(input_total, stoch_w, stoch_grad[t - 1])
                 h_total = torch.addcmul(h_total, deter_total, kept[t])
                 deter_total = torch.addcmul(deter_grad[t - 1], h_total, goes_on[t])
 
         x_totals, *others = zip(*reversed(totals), strict=True)
         trained = any(needed[1:])
-        grad_x, *norm_x = layers.stoch.norm_backward_all(torch.stack(x_totals), trained)
+        grad_x, *norm_x = layers.stoch.norm_backward(torch.stack(x_totals), trained=trained)
         if not trained:
             return *[None] * 8, grad_x, *[None] * (len(needed) - 1)
         deter_totals, out_totals, draw_totals = map(torch.stack, others)
-        grad_gates, *norm_gates = layers.gru.norm_backward_all((deter_totals.unsqueeze(2) * slopes).flatten(2))
-        grad_out, *norm_out = layers.deter.norm_backward_all(out_totals)
+        grad_gates, *norm_gates = layers.gru.norm_backward(
+            (deter_totals.unsqueeze(2) * slopes).flatten(2), trained=True
+        )
+        grad_out, *norm_out = layers.deter.norm_backward(out_totals, trained=True)
         grad_logit = draw_totals * mixed if logit_grad is None else torch.add(logit_grad, draw_totals, alpha=mixed)
         # (B, *): of what begins afresh
         afresh = 1.0 - goes_on
