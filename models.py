@@ -456,8 +456,8 @@ class ReturnNorm(nn.Module):
         ordered = tools.gather_ranks(returns.detach().flatten()).sort().values
         last, found = len(ordered) - 1, []
         for level in self.LEVELS:
-            low = int(level * last)
-            found.append(torch.lerp(ordered[low], ordered[min(low + 1, last)], level * last - low))
+            below = int(level * last)
+            found.append(torch.lerp(ordered[below], ordered[min(below + 1, last)], level * last - below))
         self.quantiles.lerp_(torch.stack(found), self.rate)
         low, high = self.quantiles.clone().unbind()
         return low, (high - low).clamp(min=1.0)
@@ -559,7 +559,7 @@ class ActorCritic(nn.Module):
     def imagine(
         self, dynamics: RSSM, start: State, leaves: list | None = None
     ) -> tuple[list[Tensor], Tensor, Tensor, Normal | OneHot]:
-        """Roll the policy out from `start` (N,*): logits of H states (N,*), features (H,N,F), actions (H,N,A), policies (H,N).
+        """Roll the policy out from `start` (N,*): H logits (N,*), features (H,N,F), actions (H,N,A), policies (H,N).
 
         Into a list `leaves` go (action, draw) of each step, and no gradient leads from an action to the actor.
         """
@@ -582,11 +582,10 @@ class ActorCritic(nn.Module):
                     states.append(
                         recorded_step(*step, layers) if layers else dynamics.img_step(*step, self.imag_sample)
                     )
+        feat, logits = torch.stack(feats), [state.logit for state in states]
         if layers:
-            state = dynamics.imagined(states, torch.stack(actions[:-1]), layers)
-            feat, logits = state.feat, [start.logit, *state.logit]
-        else:
-            feat, logits = torch.stack(feats), [state.logit for state in states]
+            feat, logit = dynamics.imagined(feat, torch.stack(actions[:-1]), layers)
+            logits = [start.logit, *logit]
         out = self.actor.repeat(feat.detach(), recorded) if recorded else torch.stack(outputs)
         return logits, feat, bound_action(torch.stack(actions)), self.actor.policy(out)
 

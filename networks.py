@@ -777,7 +777,8 @@ class RecordedLinear:
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, norm: nn.LayerNorm | None = None, *, steps: int, rows: int
     ):
-        self.dtype, self.norm, self.normed = product_dtype(weight), norm, []
+        self.dtype, self.norm = product_dtype(weight), norm
+        self.normed: list[tuple[Tensor, Tensor, Tensor]] = []
         self.weight = weight.detach().to(self.dtype)
         self.transposed = self.weight.t().contiguous()
         self.bias = None if bias is None else bias.detach().to(self.dtype)
@@ -803,11 +804,11 @@ class RecordedLinear:
     def norm_backward(
         self, gradient: Tensor, t: int | None = None, rstd: Tensor | None = None, trained: bool = False
     ) -> tuple[Tensor, ...]:
-        """From the gradient of what the norm gave at step t, or at all: that of its input, if `trained` of its weights."""
+        """From the gradient of what the norm gave, at step t or at all: that of its input, if `trained` of weights."""
         if t is None:
             y, mean, own = self.outputs, self.kept(1), self.kept(2)
         else:
-            y, mean, own = self.outputs[t], *self.normed[t][1:]
+            y, (_, mean, own) = self.outputs[t], self.normed[t]
         args = gradient, full(y), y.shape[-1:], mean, own if rstd is None else rstd, self.norm.weight, self.norm.bias
         return torch.ops.aten.native_layer_norm_backward.default(*args, [True, trained, trained])
 
@@ -926,16 +927,18 @@ class GRUCell(nn.Module):
         sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
         reset, candidate, update = pre.chunk(3, -1)
         reset, update = torch.sigmoid(reset), torch.sigmoid(update - 1.0)
-        new = torch.tanh(reset * candidate)
+        new, slopes = torch.tanh(reset * candidate), pre.new_empty(*h.shape[:-1], 3, h.shape[-1])
         by_product = tanh_backward(update, new)
-        by_reset, by_update = sigmoid_backward(by_product * candidate, reset), sigmoid_backward(new - h, update)
-        return torch.stack([by_reset, by_product * reset, by_update], -2), 1.0 - update
+        sigmoid_backward(by_product * candidate, reset, grad_input=slopes[..., 0, :])
+        torch.mul(by_product, reset, out=slopes[..., 1, :])
+        sigmoid_backward(new - h, update, grad_input=slopes[..., 2, :])
+        return slopes, 1.0 - update
 
 
 class StepLayers(NamedTuple):
-    """The linear layers applied at every `RSSM` step: of z, of the GRU, of h (if any), all with norm, and of the output.
+    """The linear layers applied at every `RSSM` step: of z, of the GRU and of h (if any), with norms, and the output's.
 
-    The latter two are those of the posterior or, in imagination, of the prior.
+    The latter two are those of the posterior or, in recorded imagination, of the prior.
     """
 
     stoch: Layer
@@ -1084,8 +1087,12 @@ class RSSM(nn.Module):
                 before = self.shift(post, is_first, initial)
                 goes_on = (~is_first.t()).unsqueeze(-1).to(embed.dtype)
                 goes_on[0] = 0.0
-            steps = (x.transpose(0, 1) for x in (before.deter, before.stoch.flatten(2), *post[:3], *parts))
-            post = self._with_gradient(layers, False, goes_on, *steps, *initial[:2]).map(lambda x: x.transpose(0, 1))
+                steps = before.deter, before.stoch.flatten(2), post.feat, post.logit
+            inputs = [x.transpose(0, 1) for x in (*steps, *parts)]
+            results = self._with_gradient(layers, False, goes_on, *inputs, initial.deter, initial.stoch)
+            feat, logit = (x.transpose(0, 1) for x in results)
+            stoch, deter = feat.split([self.stoch_size, self.deter], -1)
+            post = State(deter, stoch.unflatten(-1, self.stoch_shape), logit)
         if self.shared:
             action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
@@ -1117,7 +1124,11 @@ class RSSM(nn.Module):
     def _step_weights(self, prior: bool) -> tuple[Tensor, ...]:
         """The weights of `StepLayers`, in their order, and the bias of the last."""
         stoch = split_linear(self.input, self.input_sizes)[0]
-        deter = self.prior_hidden[0].weight if prior else split_linear(self.post_hidden, self.post_sizes)[0]
+        deter = (
+            split_linear(self.prior_hidden, [self.deter])[0]
+            if prior
+            else split_linear(self.post_hidden, self.post_sizes)[0]
+        )
         head = self.prior_head if prior else self.post_head
         return stoch, self.cell.linear.weight, deter, head.weight, head.bias
 
@@ -1146,19 +1157,22 @@ class RSSM(nn.Module):
         """Contribution (..., H) of the embedding to the posterior's first layer."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
-    def imagined(self, states: list[State], action: Tensor, layers: StepLayers) -> State:
-        """Start and results (H,N,*) of `recorded_step`, with the gradients by `action` (H-1,N,A); no logit of the start."""
-        deter, stoch = (torch.stack([state[i] for state in states]) for i in range(2))
-        logit = full(layers.out.outputs).unflatten(-1, self.logit_shape)
-        goes_on = deter.new_ones(len(action), 1, 1)
-        steps = goes_on, deter[:-1], stoch[:-1].flatten(2), deter, stoch, logit
-        return self._with_gradient(layers, True, *steps, self._action_part(action), None, None, None)
+    def imagined(self, feat: Tensor, action: Tensor, layers: StepLayers) -> tuple[Tensor, Tensor]:
+        """Features (H,N,F) of a start and the results of `recorded_step`, and logits (H-1,N,*) of the latter.
 
-    def _with_gradient(self, layers: StepLayers, prior: bool, *inputs: Tensor | None) -> State:
-        """The state after steps on `recorded_layers`, with gradients; `inputs` are those of `StepsGradient`."""
+        With the gradients by `action` (H-1,N,A).
+        """
+        stoch, deter = feat[:-1].split([self.stoch_size, self.deter], -1)
+        assert isinstance(layers.out, RecordedLinear)
+        logit = full(layers.out.outputs).unflatten(-1, self.logit_shape)
+        inputs = deter.new_ones(len(action), 1, 1), deter, stoch, feat, logit, self._action_part(action)
+        return self._with_gradient(layers, True, *inputs, None, None, None)
+
+    def _with_gradient(self, layers: StepLayers, prior: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Results of steps on `recorded_layers`, with gradients; `inputs` are those of `StepsGradient`."""
         norms = self.input[1], self.cell.norm, (self.prior_hidden if prior else self.post_hidden)[1]
-        parameters = *self._step_weights(prior), *(p for norm in norms for p in (norm.weight, norm.bias))
-        return State(*StepsGradient.apply(self, layers, *inputs, *parameters))
+        parameters = [*self._step_weights(prior), *(p for norm in norms for p in norm.parameters())]
+        return StepsGradient.apply(self, layers, *inputs, *parameters)
 
     # `StepsGradient` differentiates `_recur` and `_output` by hand: who changes one of them changes it too or makes
     # `default_structure` False. In tests/test_models.py test_gradient_of_the_filter_is_that_of_its_steps and
@@ -1224,8 +1238,8 @@ class StepsGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rssm, layers, goes_on, h, z, deter, stoch, logit, *inputs):
-        """The states `deter`, `stoch` and `logit`; the former two may begin with others before the first step.
+    def forward(ctx, rssm, layers, goes_on, h, z, feat, logit, *inputs):
+        """`feat` (T,B,F) and `logit` after the steps; the former may begin with features before the first step.
 
         layers: `recorded_layers`. goes_on (T,B,1) or (T,1,1): 0 where a step begins afresh. h, z: what each step began
         with. `inputs` get gradients: parts of action and embedding (T,B,H), initial deter and stoch (B,*), weights of
@@ -1233,19 +1247,19 @@ class StepsGradient(torch.autograd.Function):
         """
         ctx.rssm, ctx.layers = rssm, layers
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(goes_on, h, z, deter[-len(h) :], logit)
-        return deter.view_as(deter), stoch.view_as(stoch), logit.view_as(logit)
+        ctx.save_for_backward(goes_on, h, z, feat, logit)
+        return feat.view_as(feat), logit.view_as(logit)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, deter_grad, stoch_grad, logit_grad):
-        rssm, layers, (goes_on, h, z, deter, logit) = ctx.rssm, ctx.layers, ctx.saved_tensors
+    def backward(ctx, feat_grad, logit_grad):
+        rssm, layers, (goes_on, h, z, feat, logit) = ctx.rssm, ctx.layers, ctx.saved_tensors
         stoch_w, gru_w, deter_w, out_w = (layer.weight for layer in layers)
-        needed, silu_backward, mixed = ctx.needs_input_grad[8:], torch.ops.aten.silu_backward, 1.0 - rssm.unimix
+        needed, silu_backward, mixed = ctx.needs_input_grad[7:], torch.ops.aten.silu_backward, 1.0 - rssm.unimix
         probs, (slopes, kept) = softmax(logit), rssm.cell.slopes(layers.gru.kept(0), h)
         # What later losses send to each step, before products where it can be
-        deter_grad = torch.zeros_like(deter) if deter_grad is None else deter_grad[-len(h) :]
-        stoch_grad = torch.zeros_like(z) if stoch_grad is None else stoch_grad[-len(h) :].flatten(2)
+        feat_grad = torch.zeros_like(feat) if feat_grad is None else feat_grad
+        stoch_grad, deter_grad = feat_grad[-len(h) :].split([rssm.stoch_size, rssm.deter], -1)
         logit_grad = None if logit_grad is None else logit_grad.flatten(2)
         hidden_grad = [None] * len(h) if logit_grad is None else product(logit_grad, out_w)
         draw_w, rstd = out_w * mixed, layers.stoch.kept(2) * goes_on
@@ -1259,19 +1273,18 @@ class StepsGradient(torch.autograd.Function):
             joint_total = product(layers.gru.norm_backward(gates_total, t)[0], gru_w)
             x_total, h_total = joint_total.tensor_split([len(stoch_w)], -1)
             x_total = silu_backward(x_total, layers.stoch.normed[t][0])
-            totals.append((x_total, deter_total, out_total, draw_total))
+            input_total = layers.stoch.norm_backward(x_total, t, rstd[t])[0]
+            totals.append((input_total, x_total, deter_total, out_total, draw_total))
             if t:
-                input_total = layers.stoch.norm_backward(x_total, t, rstd[t])[0]
                 stoch_total = product(input_total, stoch_w, stoch_grad[t - 1])
                 h_total = torch.addcmul(h_total, deter_total, kept[t])
                 deter_total = torch.addcmul(deter_grad[t - 1], h_total, goes_on[t])
 
-        x_totals, *others = zip(*reversed(totals), strict=True)
-        trained = any(needed[1:])
-        grad_x, *norm_x = layers.stoch.norm_backward(torch.stack(x_totals), trained=trained)
-        if not trained:
-            return *[None] * 8, grad_x, *[None] * (len(needed) - 1)
-        deter_totals, out_totals, draw_totals = map(torch.stack, others)
+        input_totals, *others = zip(*reversed(totals), strict=True)
+        if not any(needed[1:]):  # in imagination, where no step begins afresh
+            return *[None] * 7, torch.stack(input_totals), *[None] * (len(needed) - 1)
+        x_totals, deter_totals, out_totals, draw_totals = map(torch.stack, others)
+        grad_x, *norm_x = layers.stoch.norm_backward(x_totals, trained=True)
         grad_gates, *norm_gates = layers.gru.norm_backward(
             (deter_totals.unsqueeze(2) * slopes).flatten(2), trained=True
         )
@@ -1283,11 +1296,16 @@ class StepsGradient(torch.autograd.Function):
         initial_deter = product((afresh * grad_gates).sum(0), gru_w[:, len(stoch_w) :], initial_deter)
         initial_stoch = product((afresh * grad_x).sum(0), stoch_w).view_as(probs[0])
         joint = join([F.silu(layers.stoch.kept(0)), h])
-        pairs = (grad_x, z), (grad_gates, joint), (grad_out, deter), (grad_logit, F.silu(layers.deter.kept(0)))
+        pairs = (
+            (grad_x, z),
+            (grad_gates, joint),
+            (grad_out, feat[-len(h) :, :, rssm.stoch_size :]),
+            (grad_logit, F.silu(layers.deter.kept(0))),
+        )
         weights = (product(y.flatten(0, 1).t(), by.flatten(0, 1).to(out_w.dtype)) for y, by in pairs)
         found = grad_x, grad_out, initial_deter, initial_stoch, *weights, grad_logit.sum((0, 1))
         found = *found, *norm_x, *norm_gates, *norm_out
-        return *[None] * 8, *(gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True))
+        return *[None] * 7, *(gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True))
 
 
 # --- transformer dynamics -------------------------------------------------------------------------------------------
