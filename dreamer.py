@@ -1310,7 +1310,10 @@ def measure_held_out(
     """`models.measure_windows` with what the agent draws with, on the pictures that this reproduces."""
     draw, target = agent.painter
     target = target if target in logged.held_out[0] else "image"
-    part, background = (models.colour_rule(rule), logged.background(target)) if rule else (None, None)
+    part, background = None, None
+    if rule:
+        part = models.object_rule(rule)
+        background = logged.background(target) if draw else None
     mean = logged.mean_frames.get(target)
     return models.measure_windows(agent.world_model, draw, logged.held_out, mean, target, state, part, background)
 
@@ -1335,7 +1338,8 @@ def measure_offline(agent: Agent, logged: exploration.Logged, config) -> tuple[d
         numbers = list(logged.replay.episodes)
         chosen = np.linspace(0, len(numbers) - 1, min(16, len(numbers))).astype(int)
         rows = [logged.replay.rows(numbers[i]) for i in chosen]
-        train = models.measure_windows(agent.world_model, None, rows, state=state)
+        part = models.object_rule(config.offline_object) if config.offline_object else None
+        train = models.measure_windows(agent.world_model, None, rows, state=state, part=part)
         metrics |= {f"state_r2_{h}": value for h, value in models.readout_r2(train, found).items()}
     return metrics, curves, open_loop_logged(agent, logged) if agent.painter[0] else None
 
@@ -1384,7 +1388,7 @@ def warn_idle_options(method: str, argv: list[str], decodes: bool = False, dynam
         name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
     }
     idle = set().union(*read.values()) - read[method] - {"task", "decoder", "nomlr", "nosimsr"}
-    idle -= {"decoder_scale"} if decodes else set()
+    idle -= {"decoder_scale", "motion_weight"} if decodes else set()
     for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
         if option in idle:
             tools.warn(f"--{option} has no effect with --method {method}")

@@ -127,8 +127,17 @@ class KLConstraint(nn.Module):
 class Reconstruction(Representation):
     """DreamerV3 (Hafner et al., 2023): the latent reproduces what was observed."""
 
-    def __init__(self, encoder: Encoder, dynamics: RSSM, *, decoder: dict, decoder_scale: float = 1.0):
+    def __init__(
+        self,
+        encoder: Encoder,
+        dynamics: RSSM,
+        *,
+        decoder: dict,
+        decoder_scale: float = 1.0,
+        motion_weight: float = 0.0,
+    ):
         super().__init__(encoder, dynamics)
+        self.motion_weight = motion_weight
         self.decoder = Decoder(dynamics.feat_size, encoder.shapes, **decoder)
         if not self.decoder.keys:
             keys = ", ".join(f"{k} {tuple(v)}" for k, v in encoder.shapes.items())
@@ -140,7 +149,26 @@ class Reconstruction(Representation):
         return self.decoder(filtered.feat)
 
     def losses(self, data: dict[str, Tensor], filtered: Filtered, predicted: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: loss.mean() for key, loss in self.decoder.losses(predicted, data).items()}
+        weights = {}
+        if self.motion_weight:
+            keys = self.decoder.image_shapes
+            weights = {key: pixel_weights(data[key], data["is_first"], self.motion_weight) for key in keys}
+        return {key: loss.mean() for key, loss in self.decoder.losses(predicted, data, weights).items()}
+
+
+MOVED = 0.1  # of a pixel from 0 to 1, in any channel: it shows something that moves
+
+
+def pixel_weights(image: Tensor, is_first: Tensor, motion_weight: float) -> Tensor:
+    """Weights (B,T,H,W,1), of mean 1 in each picture, of the pixels of `image` (B,T,H,W,C) in a squared error.
+
+    A pixel that has changed by more than `MOVED` since the row before counts 1 + motion_weight times as much as another
+    one. Nothing is known of the first row and of those where an episode begins.
+    """
+    moved = (image[:, 1:] - image[:, :-1]).abs().amax(-1, keepdim=True) > MOVED
+    moved &= ~is_first[:, 1:, None, None, None]
+    weights = 1.0 + motion_weight * torch.cat([torch.zeros_like(moved[:, :1]), moved], 1).to(image)
+    return weights / weights.mean((2, 3), keepdim=True)
 
 
 def barlow_twins_loss(x: Tensor, y: Tensor, off_diagonal: float) -> Tensor:
@@ -320,6 +348,7 @@ class WorldModel(nn.Module):
         optimizer: dict,
         decoder: Decoder | None = None,
         decoder_scale: float = 1.0,
+        motion_weight: float = 0.0,
         autoencoder: Autoencoder | None = None,
         frozen: bool = False,
     ):
@@ -335,6 +364,7 @@ class WorldModel(nn.Module):
         self.grad_heads = grad_heads
         self.bf16 = bf16
         self.decoder, self.autoencoder, self.frozen = decoder, autoencoder, frozen
+        self.motion_weight = motion_weight
         trained = [*representation.parameters(), *reward_head.parameters(), *cont_head.parameters()]
         if decoder is not None:
             self.scales["code" if autoencoder is not None and not frozen else "image"] = decoder_scale
@@ -412,7 +442,10 @@ class WorldModel(nn.Module):
         if "code" in decoded and not self.frozen:
             return {"code": (decoded["code"] - data["code"]).square().sum(-1).mean()}
         image = self.autoencoder.decode(decoded["code"]) if self.autoencoder is not None else decoded["image"]
-        return {"image": (image - data["image"]).square().sum((-3, -2, -1)).mean()}
+        error = (image - data["image"]).square()
+        if self.motion_weight:
+            error = error * pixel_weights(data["image"], data["is_first"], self.motion_weight)
+        return {"image": error.sum((-3, -2, -1)).mean()}
 
     @property
     def draws(self) -> bool:
@@ -810,22 +843,24 @@ def measure_windows(
     mean_frame: Tensor | None = None,
     target: str = "image",
     state: str = "",
-    part: Callable[[Tensor], Tensor] | None = None,
+    part: "ObjectRule | None" = None,
     background: Tensor | None = None,
     chunk: int = 20,
 ) -> dict[str, np.ndarray]:
     """What the model makes of held-out `episodes` (T,...): arrays (N,HORIZON), NaN after the end of an episode.
 
-    `kl`, `prior_ent`, `post_ent` (nats), `reward` and `reward_pred` of the filter; `feat` (N,HORIZON,F) in imagination,
-    the vector observation named by `state` (N,HORIZON,S), and `episode` (N,). With `draw`, which maps features (...,F)
-    to pictures in [-0.5, 0.5], also the errors of pixels in [0, 1] against `target`: `closed_*` of the filter, `open_*`
-    in imagination, `shuffled_mse` the same with the actions of another episode, `copy_mse` of the last picture seen,
-    `mean_mse` of `mean_frame` (H,W,C), and the part of `open_mse` on pixels that have just changed by more than 0.1
-    (`moving_mse`) and on the others (`still_mse`). Latents are modes: nothing is drawn at random.
+    `kl`, `prior_ent`, `post_ent` (nats), `reward` and `reward_pred` of the filter; `feat` (N,HORIZON,F) in imagination
+    and `closed_feat` of the filter, the vector observation named by `state` (N,HORIZON,S), and `episode` (N,). With
+    `draw`, which maps features (...,F) to pictures in [-0.5, 0.5], also the errors of pixels in [0, 1] against
+    `target`: `closed_*` of the filter, `open_*` in imagination, `shuffled_mse` the same with the actions of another
+    episode, `copy_mse` of the last picture seen, `mean_mse` of `mean_frame` (H,W,C), and the part of `open_mse` on
+    pixels that have just changed by more than MOVED (`moving_mse`, with the baselines `copy_moving_mse` and
+    `mean_moving_mse`) and on the others (`still_mse`). Latents are modes: nothing is drawn at random.
 
-    `part` (see `colour_rule`) finds an object in the truth: `object_mse` is `open_mse` on its pixels, `rest_mse` on the
+    `part` (see `object_rule`) finds an object in the truth: `object_mse` is `open_mse` on its pixels, `rest_mse` on the
     others, `copy_object_mse` and `mean_object_mse` are the baselines there, and `object_presence` says how much of its
-    difference from `background` (H,W,C) is drawn: 1 all, 0 nothing.
+    difference from `background` (H,W,C) is drawn in imagination, `closed_object_presence` by the filter: 1 all, 0
+    nothing. A `state` that is the place of the object is NaN where it is not in the picture.
     """
     windows = choose_windows([len(episode["action"]) for episode in episodes])
     if not windows:
@@ -839,6 +874,9 @@ def measure_windows(
         values = _measure_batch(world_model, draw, data, mean_frame, target, part, background)
         if state:
             values["state"] = batch[state][:, CONTEXT:]
+            if part is not None and part.place == state:
+                away = ~within(values["state"]).unsqueeze(-1)
+                values["state"] = values["state"].masked_fill(away, math.nan)
         # The axes of a vector come last.
         hidden = {key: ~valid.reshape(*valid.shape, *[1] * (x.dim() - 2)) for key, x in values.items()}
         parts.append({key: x.cpu().masked_fill(hidden[key], math.nan) for key, x in values.items()})
@@ -852,7 +890,7 @@ def _measure_batch(
     data: dict[str, Tensor],
     mean_frame: Tensor | None,
     target: str,
-    part: Callable[[Tensor], Tensor] | None,
+    part: "ObjectRule | None",
     background: Tensor | None,
 ) -> dict[str, Tensor]:
     dynamics = world_model.dynamics
@@ -862,7 +900,7 @@ def _measure_batch(
     post, prior = (dynamics.dist(state.logit[:, CONTEXT:]) for state in states)
     # (N, HORIZON, F)
     closed, imagined = states[0].feat[:, CONTEXT:], open_loop(world_model, data, CONTEXT).feat[:, CONTEXT:]
-    values = {"feat": imagined, "kl": dynamics.kl(post, prior)}
+    values = {"feat": imagined, "closed_feat": closed, "kl": dynamics.kl(post, prior)}
     values |= {"prior_ent": dynamics.entropy(prior), "post_ent": dynamics.entropy(post)}
     values["reward"] = data["reward"][:, CONTEXT:]
     values["reward_pred"] = world_model.reward_head(closed).mode.squeeze(-1)
@@ -874,8 +912,8 @@ def _measure_batch(
 
     # (N, HORIZON, H, W, C)
     truth, before = data[target][:, CONTEXT:], data[target][:, CONTEXT - 1 : -1]
-    moving = (truth - before).abs().amax(-1) > 0.1
-    shown = part(truth) if part else None
+    moving = (truth - before).abs().amax(-1) > MOVED
+    shown = None if part is None else part.mask(truth, {key: x[:, CONTEXT:] for key, x in data.items()})
     pictures = {"open": draw(imagined), "closed": draw(closed), "copy": before[:, :1]}
     pictures["shuffled"] = draw(open_loop(world_model, other, CONTEXT).feat[:, CONTEXT:])
     if mean_frame is not None:
@@ -884,29 +922,71 @@ def _measure_batch(
         picture = picture.clamp(-0.5, 0.5)
         error = (picture - truth).square().mean(-1)
         values[f"{name}_mse"] = error.mean((-2, -1))
-        if shown is not None and name in ("open", "copy", "mean"):
-            values["object_mse" if name == "open" else f"{name}_object_mse"] = mean_over(error, shown)
+        if name in ("open", "copy", "mean"):
+            baseline = "" if name == "open" else f"{name}_"
+            values[f"{baseline}moving_mse"] = mean_over(error, moving)
+            if shown is not None:
+                values[f"{baseline}object_mse"] = mean_over(error, shown)
         if name in ("open", "closed"):
             values[f"{name}_psnr"] = -10.0 * values[f"{name}_mse"].clamp(min=1e-10).log10()
             values[f"{name}_ssim"] = ssim(picture, truth)
         if name == "open":
-            values["moving_mse"], values["still_mse"] = mean_over(error, moving), mean_over(error, ~moving)
-        if name == "open" and shown is not None:
-            values["rest_mse"] = mean_over(error, ~shown)
-            if background is not None:
-                empty = background.to(truth) - 0.5
-                drawn, there = (((x - empty) * (truth - empty)).sum(-1) for x in (picture, truth))
-                values["object_presence"] = (drawn * shown).sum((-2, -1)) / (there * shown).sum((-2, -1))
+            values["still_mse"] = mean_over(error, ~moving)
+            if shown is not None:
+                values["rest_mse"] = mean_over(error, ~shown)
+        if name in ("open", "closed") and shown is not None and background is not None:
+            empty = background.to(truth) - 0.5
+            drawn, there = (((x - empty) * (truth - empty)).sum(-1) for x in (picture, truth))
+            presence = (drawn * shown).sum((-2, -1)) / (there * shown).sum((-2, -1))
+            values["object_presence" if name == "open" else "closed_object_presence"] = presence
     return values
 
 
-def colour_rule(text: str) -> Callable[[Tensor], Tensor]:
-    """`r-b>40`: where red is more than 40 of 255 above blue; pictures (...,H,W,3) in [-0.5, 0.5] -> (...,H,W) bool."""
-    found = re.fullmatch(r"([rgb])-([rgb])>(\d+)", text.replace(" ", ""))
-    if found is None:
-        raise tools.UserError(f"{text!r} is no rule for the colour of an object: write for example r-b>40")
-    more, less, least = "rgb".index(found[1]), "rgb".index(found[2]), int(found[3]) / 255.0
-    return lambda picture: picture[..., more] - picture[..., less] > least
+class ObjectRule(NamedTuple):
+    """Where an object is. `mask`: pictures (...,H,W,C) in [-0.5, 0.5] and data (...,*) of the same rows -> (...,H,W)
+    bool. `place`: the vector that holds its position, if it is found by that."""
+
+    mask: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    place: str = ""
+
+
+def object_rule(text: str) -> ObjectRule:
+    """The rule of `--offline_object`, of one of two kinds.
+
+    `r-b>40`: where red is more than 40 of 255 above blue. `ball:5`: the square of 5 pixels around the position in the
+    vector `ball`: x from 0 (left) to 1 (right) and y from 0 (top) to 1 (bottom); nowhere if it is outside.
+    """
+    colour = re.fullmatch(r"([rgb])-([rgb])>(\d+)", text.replace(" ", ""))
+    square = re.fullmatch(r"(\w+):(\d+)", text)
+    if colour:
+        more, less, least = "rgb".index(colour[1]), "rgb".index(colour[2]), int(colour[3]) / 255.0
+        return ObjectRule(lambda picture, data: picture[..., more] - picture[..., less] > least)
+    if square and int(square[2]) % 2:
+        return ObjectRule(
+            lambda picture, data: around(data, square[1], int(square[2]), picture.shape[-3:-1]), square[1]
+        )
+    raise tools.UserError(
+        f"{text!r} is no rule for an object: write its colour as r-b>40, or the vector that holds its position and an "
+        "odd number of pixels as ball:5"
+    )
+
+
+def around(data: Mapping[str, Tensor], key: str, edge: int, size: Sequence[int]) -> Tensor:
+    """Square of `edge` pixels around the positions (...,2) in `data[key]`, in pictures of `size` (H, W): (...,H,W)."""
+    if key not in data or data[key].shape[-1] != 2:
+        raise tools.UserError(
+            f"--offline_object {key}:{edge}: the episodes hold no vector {key} of two numbers, x and y"
+        )
+    places, (height, width) = data[key], size
+    column, row = (places * places.new_tensor([width, height])).floor().unsqueeze(-1).unbind(-2)
+    columns, rows = torch.arange(width).to(places), torch.arange(height).to(places)
+    near_columns, near_rows = (columns - column).abs() <= edge // 2, (rows - row).abs() <= edge // 2
+    return near_rows.unsqueeze(-1) & near_columns.unsqueeze(-2) & within(places)[..., None, None]
+
+
+def within(places: Tensor) -> Tensor:
+    """Whether positions (...,2) are in the picture."""
+    return ((places >= 0.0) & (places < 1.0)).all(-1)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -942,7 +1022,7 @@ def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], d
         return np.where(known, x, 0.0).sum(axis) / np.where(known.any(axis), known.sum(axis), math.nan)
 
     horizons = np.count_nonzero(np.isfinite(found["kl"]).any(0))
-    others = ("feat", "state", "episode", "reward", "reward_pred")
+    others = ("feat", "closed_feat", "state", "episode", "reward", "reward_pred")
     curves = {key: mean(values[:, :horizons], 0) for key, values in found.items() if key not in others}
     metrics = {key: float(mean(found[key])) for key in ("kl", "prior_ent", "post_ent")}
     reward, wrong = found["reward"], np.nansum((found["reward"] - found["reward_pred"]) ** 2)
@@ -951,8 +1031,8 @@ def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], d
     if "open_mse" not in found:
         return metrics, curves
     metrics |= {f"recon_{name}": float(mean(found[f"closed_{name}"])) for name in ("mse", "psnr", "ssim")}
-    apart = ("moving_mse", "still_mse", "object_mse", "rest_mse", "object_presence")
-    apart += ("copy_object_mse", "mean_object_mse")
+    apart = ("moving_mse", "still_mse", "object_mse", "rest_mse", "object_presence", "closed_object_presence")
+    apart += ("copy_moving_mse", "mean_moving_mse", "copy_object_mse", "mean_object_mse")
     for key in ("open_mse", "copy_mse", "mean_mse", "shuffled_mse", *apart):
         if key in curves:
             metrics[key] = float(mean(curves[key]))
@@ -963,25 +1043,24 @@ def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], d
 
 
 def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray], penalty: float = 1.0) -> dict[int, float]:
-    """R^2 at each of HORIZONS of a linear readout of `state` (N,HORIZON,S) from `feat` (N,HORIZON,F) in imagination.
+    """R^2 of a linear readout of `state` (N,HORIZON,S) from features (N,HORIZON,F), on `test`.
 
-    Ridge regression on all rows of `train`, standardised; R^2 over the standardised entries together, on `test`.
+    At each of HORIZONS from `feat` in imagination, by one regression on all rows of `train`; at 0 from `closed_feat` of
+    the filter. Standardised ridge regression; R^2 over the standardised entries together.
     """
-
-    def rows(x: np.ndarray) -> np.ndarray:
-        return x[np.isfinite(x).all(-1) & np.isfinite(train["state"]).all(-1)].astype(np.float64)
-
-    x, y = rows(train["feat"]), rows(train["state"])
-    (x_mean, x_std), (y_mean, y_std) = ((z.mean(0), np.where(z.std(0) > 1e-6, z.std(0), np.inf)) for z in (x, y))
-    x, y = (x - x_mean) / x_std, (y - y_mean) / y_std
-    weight = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
-    found = {}
-    for h in HORIZONS:
-        kept = np.isfinite(test["state"][:, h - 1]).all(-1)
-        if kept.sum() > 1:
-            truth = (test["state"][kept, h - 1] - y_mean) / y_std
-            wrong = truth - (test["feat"][kept, h - 1].astype(np.float64) - x_mean) / x_std @ weight
-            found[h] = float(1.0 - (wrong**2).sum() / ((truth - truth.mean(0)) ** 2).sum())
+    state, found = torch.from_numpy(test["state"]).double(), {}
+    for name, horizons in (("closed_feat", (0,)), ("feat", HORIZONS)):
+        known = torch.from_numpy(np.isfinite(train[name]).all(-1) & np.isfinite(train["state"]).all(-1))
+        x, y = (torch.from_numpy(train[key]).double()[known] for key in (name, "state"))
+        (predicted,) = ridge(x, standardise(y, y), torch.from_numpy(test[name]).double(), [penalty / len(x)])
+        for h in horizons:
+            rows = slice(h - 1, h) if h else slice(None)
+            truth, guess = standardise(state, y)[:, rows], predicted[:, rows]
+            kept = truth.isfinite().all(-1) & guess.isfinite().all(-1)
+            truth, guess = truth[kept], guess[kept]
+            if len(truth) > 1:
+                wrong = (truth - guess).square().sum() / (truth - truth.mean(0)).square().sum()
+                found[h] = float(1.0 - wrong)
     return found
 
 

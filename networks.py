@@ -548,9 +548,17 @@ class Decoder(nn.Module):
             outputs |= {k: full(layer(hidden)) for k, layer in self.out.items()}
         return outputs
 
-    def losses(self, outputs: dict[str, Tensor], obs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Squared error of each key, summed over pixels or over symlog vector entries, shape (...)."""
-        losses = {key: ((outputs[key] - obs[key]) ** 2).sum((-3, -2, -1)) for key in self.image_shapes}
+    def losses(
+        self, outputs: dict[str, Tensor], obs: dict[str, Tensor], weights: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Squared error of each key, summed over pixels or over symlog vector entries, shape (...).
+
+        `weights` (...,H,W,1) of the pixels of a key, if there are any.
+        """
+        losses = {}
+        for key in self.image_shapes:
+            error = (outputs[key] - obs[key]) ** 2
+            losses[key] = (error * weights[key] if weights else error).sum((-3, -2, -1))
         for key in self.vector_shapes:
             error = (outputs[key] - symlog(obs[key])) ** 2
             losses[key] = torch.where(error < 1e-8, 0.0, error).sum(-1)  # as dreamerv3-torch
@@ -1397,7 +1405,9 @@ class TSSM(RSSM):
     The posterior sees the embedding alone, so all steps of a batch are filtered at once. Token t is made of z_{t-1}
     (the initial one where an episode starts) and a_t; h_t is the transformer's output there, width D; the prior of z_t
     follows from h_t. A token sees those of its own episode at distances below `window`, itself included. Positions are
-    a learned bias per distance and head, so that imagination can go on for any number of steps.
+    a learned bias per distance and head, so that imagination can go on for any number of steps. At the start it falls
+    with distance, in each head at its own slope (Press et al., 2022); from zeros, which treat all steps alike, it
+    learns more slowly.
 
     States carry a `Memory`. `observe` gives those of a sequence one past, without gradient. `obs_step` takes states of
     `initial` or of itself; their past holds the last `window` tokens.
@@ -1426,7 +1436,8 @@ class TSSM(RSSM):
         sizes = {"heads": heads, "head_size": self.deter // heads, "ff": ff}
         self.blocks = nn.ModuleList(Block(self.deter, **sizes, act=act, norm=norm, gate=gate) for _ in range(layers))
         self.norm = getattr(nn, norm)(self.deter, eps=NORM_EPS)
-        self.bias = nn.Parameter(torch.zeros(window, heads))
+        slopes = torch.pow(2.0, -8.0 * torch.arange(1, heads + 1) / heads)
+        self.bias = nn.Parameter(-slopes * torch.arange(window)[:, None])
         self.token_shape = (layers, 2, heads, self.deter // heads)
 
     def initial(self, lead: tuple[int, ...]) -> State:

@@ -1,7 +1,7 @@
 """Any gymnasium environment that renders: `gym_{id}`, for example `gym_HalfCheetah-v5`.
 
-`gym_{module}:{id}` first imports the module that registers the environment: `gym_my_env:Reach-v0`,
-`gym_ale_py:ALE/Pong-v5`. The module must be importable (installed, or in a folder on PYTHONPATH).
+`gym_{module}:{id}` first imports the module that registers the environment: `gym_my_env:Reach-v0`. The module must be
+importable (installed, or in a folder on PYTHONPATH). Atari games, such as `gym_ALE/Pong-v5`, need the package ale-py.
 `gym_{id}?key=value&key=value` passes arguments to it: `gym_HalfCheetah-v5?camera_name=track`. Values are YAML scalars.
 """
 
@@ -30,17 +30,26 @@ def parse(rest: str) -> tuple[str, str, str]:
         if module:
             importlib.import_module(module)
         gymnasium.spec(env_id)
+    except ModuleNotFoundError as error:
+        if error.name != "ale_py":
+            raise unknown(rest, error) from error
+        raise EnvError(f"gym_{rest}: Atari games need the package ale-py: pip install ale-py") from error
     except (gymnasium.error.Error, ImportError) as error:
-        raise EnvError(
-            f"unknown task 'gym_{rest}' ({one_line(error)}): write gym_ID with an id that gymnasium knows, or "
-            "gym_MODULE:ID with an importable module (PYTHONPATH) that registers it"
-        ) from error
+        raise unknown(rest, error) from error
     return rest, "", ""
 
 
+def unknown(rest: str, error: Exception) -> EnvError:
+    return EnvError(
+        f"unknown task 'gym_{rest}' ({one_line(error)}): write gym_ID with an id that gymnasium knows, or "
+        "gym_MODULE:ID with an importable module (PYTHONPATH) that registers it"
+    )
+
+
 def split_arguments(rest: str) -> tuple[str, dict]:
-    """`id?key=value&key=value` -> id and the arguments. Raises EnvError."""
+    """`id?key=value&key=value` -> id and the arguments. Raises EnvError. Those of Atari games are in `ale_py`."""
     env_id, _, query = rest.partition("?")
+    env_id = f"ale_py:{env_id}" if env_id.startswith("ALE/") else env_id
     arguments = {}
     for part in filter(None, query.split("&")):
         key, equals, value = part.partition("=")

@@ -193,10 +193,12 @@ def run_comparison(args) -> None:
             "object": "object_mse",
             "rest": "rest_mse",
             "presence": "object_presence",
+            "presence, closed loop": "closed_object_presence",
         }
         curves |= {(label, part): curve(found, key) for part, key in parts.items() if key in found[0].found}
     for key, label in BASELINES.items():
-        for metric, name in (("mse", f"{key}_mse"), ("object", f"{key}_object_mse")):
+        names = {"mse": f"{key}_mse", "moving pixels": f"{key}_moving_mse", "object": f"{key}_object_mse"}
+        for metric, name in names.items():
             if name in runs[0].found:
                 curves[label, metric] = curve(runs, name)
     header = ["run", "metric", "horizon", "mean", "low", "high"]
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="folder of logged episodes to compare --runs on")
     parser.add_argument("--runs", nargs="+", help="folders of runs")
     parser.add_argument("--updates", type=int, default=2000, help="updates of the probe (2000)")
-    parser.add_argument("--object", default="", help="with --data: measure pixels of this colour apart, as r-b>40")
+    parser.add_argument("--object", default="", help="with --data: what --offline_object measures apart")
     parser.add_argument("--untrained", action="store_true", help="use initial weights instead of those of the run")
     parser.add_argument("--resource_files", help="background files, if not those of the run")
     parser.add_argument("--ds_resource_path", help="folder that holds DAVIS, if not that of the run")

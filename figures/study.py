@@ -37,14 +37,16 @@ import tools
 from figures import plot
 
 RESULTS = Path(__file__).parent / "results"
-METRICS = re.compile(r"eval/(seen/|unseen/)?return|offline/(reward_r2|.*_mse(_\d+)?|object_presence|state_r2_\d+)")
+METRICS = re.compile(
+    r"eval/(seen/|unseen/)?return|offline/(reward_r2|.*_mse(_\d+)?|(closed_)?object_presence|state_r2_\d+)"
+)
 RUNS = ("part", "task", "method", "seed", "steps", "hours", "commit", "device", "command")
 VALUES = ("part", "task", "method", "seed", "step", "metric", "value")
 MEASURES = ("part", "task", "method", "seed", "clips", "measure", "value")
 NAMES = {"neither": "neither loss", "nomlr": "no latent reconstruction", "nosimsr": "no bisimulation"} | plot.METHODS
 SHOWN = {"denoising_factor": 0.0, "probe_r2": -0.2, "reward_r2": -1.0}  # in bars, drawn down to these values
 BASE = "hrssm"  # the method that others are compared with
-OFFLINE_BASE = "autoencoder=internal"  # the same in part offline
+BASES = {"offline": "autoencoder=internal", "breakout": "decoder_scale=1"}  # the same in these parts
 
 
 class Cell(NamedTuple):
@@ -155,7 +157,7 @@ def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str
             if not common:
                 continue
             step = max(common)
-            unit = "updates" if part in ("representation", "offline") else "frames"
+            unit = "updates" if part in ("representation", *BASES) else "frames"
             by_method = by_metric.setdefault(f"{metric} at {step:,} {unit}", {})
             for (method, seed), run in runs.items():
                 by_method.setdefault(method, {})[seed] = run[step]
@@ -252,8 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             raise tools.UserError(f"no run of the study in {study}, and none in {out}: setup/study.sh makes them")
         lines = []
         for (part, task), results in sorted(last_values(all_values, all_measures).items()):
-            base = OFFLINE_BASE if part == "offline" else BASE
-            lines += [f"## {part}, {task}", "", *table(results, base), ""]
+            lines += [f"## {part}, {task}", "", *table(results, BASES.get(part, BASE)), ""]
         (out / "study.md").write_text("\n".join(lines))
         parts = {row["part"] for row in all_values}
         if "control" in parts:

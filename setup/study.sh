@@ -13,6 +13,7 @@ usage: setup/study.sh --out DIR [--clips GLOB] [--seeds 0,1,2] [--tasks A,B] [--
   masks           HRSSM with other shares and other kinds of masks
   sparse          sparse rewards, with Plan2Explore and with smoothed rewards
   offline         world models alone learn from logged episodes of an expert: autoencoder regimes and dynamics
+  breakout        a small object: its ball, by weights of the image loss and without a decoder (needs ale-py)
   measure         robustness of all world models, on clips that training did not show
   tables          collects all runs into figures/results/study_*.csv and draws them
 
@@ -32,7 +33,7 @@ die() {
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
 out='' seeds=0,1,2 tasks='' methods='' jobs=1 status='' parts=()
 clips=${HRSSM_ASSETS:-$HOME/.cache/hrssm}/dmcgs/video_hard/*.mp4
-all=(data representation control masks sparse offline measure tables)
+all=(data representation control masks sparse offline breakout measure tables)
 while [ $# -gt 0 ]; do
   case $1 in
   -h | --help) usage && exit ;;
@@ -41,7 +42,7 @@ while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || die "$1 needs a value"
     printf -v "${1#--}" %s "$2" && shift 2
     ;;
-  data | representation | control | masks | sparse | offline | measure | tables) parts+=("$1") && shift ;;
+  data | representation | control | masks | sparse | offline | breakout | measure | tables) parts+=("$1") && shift ;;
   *) die "unknown argument $1: see setup/study.sh --help" ;;
   esac
 done
@@ -50,6 +51,7 @@ done
 [[ $seeds =~ ^(0|[1-9][0-9]*)(,(0|[1-9][0-9]*))*$ ]] || die "--seeds takes numbers such as 0,1,2, not '$seeds'"
 video=(--resource_files "$clips" --holdout_clips 0.2)
 repo=repo+beta_init=0.1+beta_lr=0.01
+discrete=(--actor_dist=onehot --imag_gradient=reinforce)
 
 # The tasks and methods of a part, one per line.
 only() { if [ -n "$1" ]; then grep -Fx "${1//,/$'\n'}" || true; else cat; fi; }
@@ -64,6 +66,7 @@ all_tasks_of() {
   masks) echo dmc_walker_stand_video ;;
   sparse) echo dmc_ball_in_cup_catch ;;
   offline) echo gym_HalfCheetah-v5 ;;
+  breakout) echo gym_BreakoutBall-v0 ;;
   esac
 }
 all_methods_of() {
@@ -76,6 +79,10 @@ all_methods_of() {
   offline)
     local internal=autoencoder=internal
     echo "$internal,autoencoder=external,autoencoder=frozen,$internal+dynamics=tssm,$internal+dyn_temp_post=False"
+    ;;
+  breakout)
+    printf '%s,' decoder_scale={1,10,100}{,+motion_weight=50} decoder_scale=100+motion_weight=50+dynamics=tssm
+    echo "$(printf 'autoencoder=none%s,' '' +hrssm{,+nomlr,+nosimsr})autoencoder=none+hrssm+neither"
     ;;
   esac
 }
@@ -95,22 +102,47 @@ options_of() {
     printf '%s\n' --configs=offline_tiny --steps=2500 --eval_every=500 "--offline_traindir=$out/data/$2/train" \
       "--offline_evaldir=$out/data/$2/held_out" --offline_state=state '--offline_object=r-b>40'
     ;;
+  breakout)
+    printf '%s\n' --configs=offline_tiny --steps=5000 --eval_every=1000 --size=64,64 --autoencoder=internal \
+      "${discrete[@]}" "--offline_traindir=$out/data/$2/train" "--offline_evaldir=$out/data/$2/held_out" \
+      --offline_state=ball --offline_object=ball:5
+    ;;
   esac
 }
 
-# Logged episodes of a linear expert, for training and held-out ones; interrupted recordings go on.
+# Logged episodes of a task, for training and held-out ones; interrupted recordings go on.
 record() {
-  local folder=$out/data/gym_HalfCheetah-v5 name episodes seed found
+  local folder=$out/data/$1 played options name episodes seed found
   mkdir -p "$folder"
-  [ -e "$folder/expert.npz" ] ||
-    python "$root/setup/expert.py" --task gym_HalfCheetah-v5 --minutes 5 --out "$folder/expert.npz"
+  case $1 in
+  gym_HalfCheetah-v5) # by a linear expert
+    [ -e "$folder/expert.npz" ] ||
+      python "$root/setup/expert.py" --task gym_HalfCheetah-v5 --minutes 5 --out "$folder/expert.npz"
+    options=(--task 'gym_HalfCheetah-v5?camera_name=track' --time_limit 100 --record_policy "$folder/expert.npz")
+    played=$'train 50 0\nheld_out 10 1'
+    ;;
+  gym_BreakoutBall-v0)
+    options=(--task gym_setup.breakout:BreakoutBall-v0 --time_limit 200 --record_policy setup.breakout:player)
+    options+=(--size 64,64 "${discrete[@]}")
+    played=$'train 30 0\nheld_out 6 1'
+    ;;
+  esac
   while read -r name episodes seed; do
     found=$(find "$folder" -path "*/$name/*.npz" | wc -l)
     [ "$found" -ge "$episodes" ] ||
-      python "$root/dreamer.py" --configs offline_tiny --task 'gym_HalfCheetah-v5?camera_name=track' --seed "$seed" \
-        --action_repeat 1 --time_limit 100 --record "$folder/$name" --record_policy "$folder/expert.npz" \
-        --record_episodes $((episodes - found)) </dev/null
-  done <<<$'train 50 0\nheld_out 10 1'
+      python "$root/dreamer.py" --configs offline_tiny --seed "$seed" --action_repeat 1 "${options[@]}" \
+        --record "$folder/$name" --record_episodes $((episodes - found)) </dev/null
+  done <<<"$played"
+}
+
+# Pictures and errors of the runs of a part that draw: PART OBJECT METHODS.
+compare() {
+  local task runs
+  for task in $(tasks_of "$1"); do
+    runs=("$out/$1/$task"/$3/*/sweep.done)
+    [ ! -e "${runs[0]}" ] || python "$root/figures/openloop.py" --data "$out/data/$task/held_out" --object "$2" \
+      --runs "${runs[@]%/sweep.done}" --out "$root/figures/results/study_${task#gym_}.png"
+  done
 }
 
 # Runs one seed of a part, task by task.
@@ -129,7 +161,7 @@ sweep() {
 if [ -n "$status" ]; then
   results=$root/figures/results/study_runs.csv
   printf '%-16s %10s %10s\n' part finished runs
-  for part in "${all[@]:0:6}"; do
+  for part in "${all[@]:0:7}"; do
     finished=0 total=0
     for task in $(tasks_of "$part"); do
       for method in $(methods_of "$part"); do
@@ -153,9 +185,9 @@ for seed in "${all_seeds[@]}"; do
     case $part in
     measure | tables) ;;
     data) sweep data 0 ;;
-    offline)
-      record
-      sweep offline "$seed"
+    offline | breakout)
+      for task in $(tasks_of "$part"); do record "$task"; done
+      sweep "$part" "$seed"
       ;;
     *) sweep "$part" "$seed" ;;
     esac
@@ -172,11 +204,8 @@ for part in "${parts[@]}"; do
     ;;
   tables)
     python "$root/figures/study.py" "$out"
-    for task in $(tasks_of offline); do
-      runs=("$out/offline/$task"/*/*/sweep.done)
-      [ ! -e "${runs[0]}" ] || python "$root/figures/openloop.py" --data "$out/data/$task/held_out" --object 'r-b>40' \
-        --runs "${runs[@]%/sweep.done}" --out "$root/figures/results/study_${task#gym_}.png"
-    done
+    compare offline 'r-b>40' '*'
+    compare breakout ball:5 'decoder_scale*'
     ;;
   esac
 done

@@ -332,17 +332,38 @@ def test_an_object_is_measured_apart():
         def draw(feat, picture=picture):
             return picture.expand(*feat.shape[:-1], 64, 64, 3)
 
-        part = models.colour_rule("r-b>40")
+        part = models.object_rule("r-b>40")
         found = models.measure_windows(agent.world_model, draw, [rows], empty, part=part, background=empty)
         metrics, _ = models.summarise_windows(found)
         assert np.isclose(metrics["object_presence"], share, atol=1e-5)
+        assert np.isclose(metrics["closed_object_presence"], share, atol=1e-5)
         assert np.isclose(metrics["object_mse"], ((1 - share) * 100 / 255) ** 2 / 3, atol=1e-6)
         assert np.isclose(metrics["rest_mse"], 0.04 / (64 * 64 - 100), rtol=1e-3)
         assert metrics["copy_object_mse"] == 0
         assert np.isclose(metrics["mean_object_mse"], (100 / 255) ** 2 / 3, rtol=1e-5)
-    for text in ("red", "r-b", "r-b>x"):
-        with pytest.raises(tools.UserError, match="write for example r-b>40"):
-            models.colour_rule(text)
+    for text in ("red", "r-b", "r-b>x", "ball:4", "ball:"):
+        with pytest.raises(tools.UserError, match="write its colour as r-b>40, or the vector"):
+            models.object_rule(text)
+
+
+def test_an_object_is_found_by_its_place():
+    """The square around a position, cut at the border; nothing, and no position to learn, where it is away."""
+    rule, picture = models.object_rule("ball:3"), torch.zeros(4, 6, 10, 3)
+    ball = torch.tensor([[0.55, 0.5], [0.0, 0.99], [-1.0, -1.0], [1.0, 0.5]])
+    mask = rule.mask(picture, {"ball": ball})
+    assert [found.nonzero().tolist() for found in mask] == [
+        [[y, x] for y in (2, 3, 4) for x in (4, 5, 6)],
+        [[y, x] for y in (4, 5) for x in (0, 1)],
+        [],
+        [],
+    ]
+    with pytest.raises(tools.UserError, match="--offline_object puck:3: the episodes hold no vector puck of two"):
+        models.object_rule("puck:3").mask(picture, {"ball": ball})
+    rows = make_rows(14, size=(64, 64)) | {"action": np.zeros((14, 3), np.float32)}
+    rows["ball"] = np.tile(np.float32([[0.2, 0.3]]), (14, 1))
+    rows["ball"][12] = -1
+    found = models.measure_windows(make_agent().world_model, None, [rows], state="ball", part=rule)
+    assert np.isfinite(found["state"][0, :4]).all(-1).tolist() == [True, True, False, True]
 
 
 def test_imagination_sees_the_context_alone_and_its_actions():
@@ -367,10 +388,15 @@ def test_imagination_sees_the_context_alone_and_its_actions():
 def test_readout_finds_what_is_linear_and_nothing_in_noise():
     rng = np.random.default_rng(0)
     feat, weight = rng.normal(size=(2, 20, 90, 6)), rng.normal(size=(6, 3))
-    split = [{"feat": x, "state": x @ weight + 5.0} for x in feat]
+    # The filter's features hold the first entry of the state alone.
+    split = [{"feat": x, "closed_feat": x @ weight[:, :1], "state": x @ weight + 5.0} for x in feat]
     split[0]["state"][:3, 50:] = np.nan
+    split[1]["state"][0, 3] = np.nan
     found = models.readout_r2(*split)
+    closed = found.pop(0)
     assert list(found) == list(models.HORIZONS) and all(value > 0.999 for value in found.values())
+    known = split[0]["state"][np.isfinite(split[0]["state"]).all(-1)]
+    assert np.isclose(closed, (np.corrcoef(known.T)[0] ** 2).mean(), atol=0.05)
     noise = models.readout_r2(split[0], split[1] | {"state": rng.normal(size=(20, 90, 3))})
     assert all(value < 0.1 for value in noise.values())
 

@@ -1,5 +1,6 @@
 """Recording episodes: what is written is what was played, and a world model learns from it."""
 
+import sys
 from pathlib import Path
 
 import gymnasium
@@ -132,6 +133,38 @@ def test_discrete_actions_are_one_hot(tmp_path):
     write_episode(tmp_path, rows)
     ((_, found),) = load_episodes(find_files(tmp_path), discrete=True)
     assert equal(found, {key: rows[key] for key in found})
+
+
+def test_breakout_says_where_its_ball_is(tmp_path):
+    """In what the player recorded, the ball's pixels are where the RAM says; the plain game records its RAM."""
+    pytest.importorskip("ale_py", reason="Atari games need the package ale-py: pip install ale-py")
+    # Quickly, and as large as the game's own pictures: bricks, walls and paddle are left out.
+    argv = ["--size", "210,160", "--time_limit", "60", "--actor_dist", "onehot", "--imag_gradient", "reinforce"]
+    player = ["--record_policy", "setup.breakout:player", "--task", "gym_setup.breakout:BreakoutBall-v0"]
+    assert call(tmp_path / "ball", *argv, *player, "--record_episodes", "2") == 0
+    episodes = [rows for _, rows in load_episodes(find_files(tmp_path / "ball"), size=(210, 160), discrete=True)]
+    found = 0
+    for rows in episodes:
+        assert rows["action"][1].argmax() == 1, "it fires at once"
+        for picture, ram, (x, y) in zip(rows["image"], rows["ram"], rows["ball"], strict=True):
+            assert (x < 0) == (ram[101] == 0)
+            bright = np.argwhere((picture[93:188, 8:152] == (200, 72, 72)).all(-1)) + (93, 8)
+            if x > 0 and len(bright):
+                assert np.abs(bright.mean(0) + 0.5 - (210 * y, 160 * x)).max() < 1.5
+                found += 1
+    assert found > 60
+    assert not np.array_equal(episodes[0]["ram"], episodes[1]["ram"])
+    plain = ["--task", "gym_ALE/Breakout-v5?obs_type=ram", "--record_policy", "random", "--record_episodes", "1"]
+    assert call(tmp_path / "ram", *argv, *plain) == 0
+    ((_, rows),) = load_episodes(find_files(tmp_path / "ram"), size=(210, 160), discrete=True)
+    assert rows["state"].shape == (61, 128) and rows["image"].std() > 10
+
+
+def test_a_missing_atari_package_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    assert call(tmp_path, "--task", "gym_ALE/Breakout-v5?obs_type=ram", "--record_policy", "random") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Atari games need the package ale-py: pip install ale-py" in error
 
 
 def test_arguments_of_an_environment():

@@ -58,6 +58,30 @@ def test_every_planned_run_has_options_that_exist(checkout, tmp_path):
     assert len((tmp_path / "calls.jsonl").read_text().splitlines()) == len(calls)
 
 
+def test_a_part_on_logged_episodes_records_them_first(checkout, tmp_path):
+    """What is there already is not recorded again; the runs differ in what their methods say and in no other option."""
+    folder = tmp_path / "study/data/gym_BreakoutBall-v0"
+    (folder / "train").mkdir(parents=True)
+    for number in range(28):
+        (folder / "train" / f"{number}.npz").write_text("")
+    done = checkout("--seeds 3 --jobs 8 breakout")
+    assert done.returncode == 0, done.stderr
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    recorded, runs = [tools.load_config(call) for call in calls[:2]], [tools.load_config(call) for call in calls[2:]]
+    assert [(Path(config.record).name, config.record_episodes) for config in recorded] == [
+        ("train", 2),
+        ("held_out", 6),
+    ]
+    assert recorded[0].seed != recorded[1].seed and {config.action_repeat for config in recorded} == {1}
+    assert all(config.size == [64, 64] for config in recorded + runs)
+    drawing = [config for config in runs if config.autoencoder == "internal"]
+    weights = sorted((config.decoder_scale, config.motion_weight) for config in drawing if config.dynamics == "rssm")
+    assert weights == [(scale, motion) for scale in (1, 10, 100) for motion in (0, 50)]
+    methods = sorted((c.method, c.nomlr, c.nosimsr) for c in runs if c.autoencoder == "none")
+    assert methods == [*(("hrssm", a, b) for a in (False, True) for b in (False, True)), ("rssm", False, False)]
+    assert len(runs) == 12 and {(c.actor_dist, c.seed, c.offline_object) for c in runs} == {("onehot", 3, "ball:5")}
+
+
 def test_status_counts_runs_here_and_in_the_committed_table(checkout, tmp_path):
     assert counts(checkout("--status --seeds 0,1"))["control"] == ["0", "48"]
     (tmp_path / "figures/results").mkdir(parents=True)

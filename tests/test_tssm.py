@@ -139,6 +139,13 @@ def test_window_limits_what_a_layer_sees():
     assert steps == [6, 7, 8, 9, 10]
 
 
+def test_recent_steps_weigh_more_at_the_start():
+    bias = TSSM(actions=A, embed=E, stoch=4, discrete=5, deter=24, hidden=20, heads=4, window=3).bias
+    assert torch.equal(
+        bias, torch.tensor([[0.0] * 4, [-1 / 4, -1 / 16, -1 / 64, -1 / 256], [-1 / 2, -1 / 8, -1 / 32, -1 / 128]])
+    )
+
+
 def test_raw_branch_attends_to_what_the_mask_branch_computed(double):
     """Its prior is one step of the moving average, from its own last latent, on the mask branch's keys and values."""
     agent, batch = make_agent(*ARGV), make_batch(resets=[(0, 0), (1, 0), (1, 5)])
@@ -254,6 +261,8 @@ def test_blocks_and_kl_equal_transdreamer(gate, double, monkeypatch):
         unimix_ratio=0,
     )
     sizes = {"heads": transdreamer.HEADS, "head_size": transdreamer.HEAD_SIZE, "ff": transdreamer.FF}
+    with torch.no_grad():
+        model.bias.zero_()  # It has none.
     blocks = [Block(size, **sizes, act="ReLU", norm="LayerNorm", gate=gate, eps=1e-5) for _ in range(layers)]
     with torch.no_grad():
         for i, block in enumerate(blocks):
@@ -316,7 +325,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_method_learns_and_acts(name):
+    # Without free nats the prior always learns.
     argv = [*ARGV, *VARIANTS[name], "--decoder.cnn_depth", "4", "--model_lr", "3e-3", "--imag_horizon", "6"]
+    argv += ["--kl_free", "0"]
     discrete = name == "discrete"
     agent, batch = make_agent(*argv, discrete=discrete), make_batch(resets=[(0, 0), (1, 3)], discrete=discrete)
     losses = [float(agent.update(batch, behavior=False)["model_loss"]) for _ in range(15)]
