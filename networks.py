@@ -1095,8 +1095,8 @@ class RSSM(nn.Module):
                 before = self.shift(post, is_first, initial)
                 goes_on = (~is_first.t()).unsqueeze(-1).to(embed.dtype)
                 goes_on[0] = 0.0
-                steps = [before.deter, before.stoch.flatten(2), post.feat, post.logit]
-            inputs = [x.transpose(0, 1) for x in [*steps, *parts]]
+                before_after = [before.deter, before.stoch.flatten(2), post.feat, post.logit]
+            inputs = [x.transpose(0, 1) for x in (*before_after, *parts)]
             results = self._with_gradient(layers, False, goes_on, *inputs, initial.deter, initial.stoch)
             feat, logit = (x.transpose(0, 1) for x in results)
             stoch, deter = feat.split([self.stoch_size, self.deter], -1)

@@ -38,6 +38,14 @@ def test_twohot_beyond_its_range_takes_the_last_bucket():
     torch.testing.assert_close(found, expected)
 
 
+def test_twohot_of_nan_is_nan_and_several_targets_share_a_head():
+    head = networks.TwoHot(torch.randn(3, 255), torch.linspace(-20, 20, 255))
+    x = torch.tensor([[1.0, torch.nan, -3.0], [2.0, 0.5, torch.inf]])
+    found = head.log_prob(x)
+    assert found.isnan().tolist() == [[False, True, False], [False] * 3]
+    torch.testing.assert_close(found, torch.stack([head.log_prob(row) for row in x]), equal_nan=True)
+
+
 def test_twohot_mean_inverts_its_target():
     """Fitting the log-likelihood of one value makes the mean that value."""
     logits = torch.zeros(1, 255, requires_grad=True)
@@ -529,6 +537,24 @@ def filtered(
     loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in post[:3])
     inputs = [embed, action, *used]
     return [*post[:3], *(g for _ in range(2) for g in torch.autograd.grad(loss, inputs, retain_graph=True))]
+
+
+def test_gradients_by_hand_are_those_of_their_functions(double):
+    check, pre, h = (
+        torch.autograd.gradcheck,
+        torch.randn(2, 9, requires_grad=True),
+        torch.randn(2, 3, requires_grad=True),
+    )
+    assert check(
+        models.DiscountedSum.apply, [torch.rand(*shape, requires_grad=True) for shape in ((4, 2), (4, 2), (2,))]
+    )
+    assert check(lambda x: networks.Pick.apply(x, torch.tensor([[1, 0], [2, 1]])), [pre])
+    assert check(networks.symexp, [pre])
+    slopes, kept = networks.GRUCell.slopes(pre.detach(), h.detach())
+    new = networks.GRUCell.gates(pre, h)
+    by_pre, by_h = torch.autograd.grad(new, [pre, h], torch.ones_like(new))
+    torch.testing.assert_close(slopes.flatten(1), by_pre, rtol=0, atol=1e-12)
+    torch.testing.assert_close(kept, by_h, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("classes", [2, 8])
