@@ -477,20 +477,45 @@ class ReturnNorm(nn.Module):
     """Running 5% and 95% quantiles of the returns; the scale is their distance, at least 1 (DreamerV3)."""
 
     quantiles: Tensor
-    levels: Tensor
+    LEVELS = (0.05, 0.95)
 
     def __init__(self, rate: float = 0.01):
         super().__init__()
         self.rate = rate
         self.register_buffer("quantiles", torch.zeros(2))
-        self.register_buffer("levels", torch.tensor([0.05, 0.95]), persistent=False)
 
     def forward(self, returns: Tensor) -> tuple[Tensor, Tensor]:
         """Update from `returns` (any shape), then give offset and scale, both 0-d."""
-        returns = tools.gather_ranks(returns.detach().flatten())
-        self.quantiles.lerp_(torch.quantile(returns, self.levels), self.rate)
+        ordered = tools.gather_ranks(returns.detach().flatten()).sort().values
+        last, found = len(ordered) - 1, []
+        for level in self.LEVELS:
+            below = int(level * last)
+            found.append(torch.lerp(ordered[below], ordered[min(below + 1, last)], level * last - below))
+        self.quantiles.lerp_(torch.stack(found), self.rate)
         low, high = self.quantiles.clone().unbind()
         return low, (high - low).clamp(min=1.0)
+
+
+class DiscountedSum(torch.autograd.Function):
+    """y_k = x_k + d_k y_{k+1} for k = H-1 .. 0, from x and d (H,N) and y_H = `last` (N,)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, d: Tensor, last: Tensor) -> Tensor:
+        sums = [last]
+        for x_k, d_k in zip(reversed(x.unbind()), reversed(d.unbind()), strict=True):
+            sums.append(torch.addcmul(x_k, d_k, sums[-1]))
+        y = torch.stack(sums[::-1])
+        ctx.save_for_backward(d, y)
+        return y[:-1]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        d, y = ctx.saved_tensors
+        totals = [gradient[0]]
+        for gradient_k, d_k in zip(gradient[1:].unbind(), d[:-1].unbind(), strict=True):
+            totals.append(torch.addcmul(gradient_k, d_k, totals[-1]))
+        total = torch.stack(totals)
+        return total, total * y[1:], total[-1] * d[-1]
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
@@ -498,14 +523,8 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: floa
 
     All inputs are (H, N) along one imagined trajectory; the result is (H - 1, N).
     """
-    # (H - 1, N): what does not depend on the recursion is computed for all steps at once.
-    known = (reward[1:] + (1.0 - lambda_) * discount[1:] * value[1:]).unbind()
-    decay = (lambda_ * discount[1:]).unbind()
-    last, returns = value[-1], []
-    for k in reversed(range(len(known))):
-        last = torch.addcmul(known[k], decay[k], last)
-        returns.append(last)
-    return torch.stack(returns[::-1])
+    known = reward[1:] + (1.0 - lambda_) * discount[1:] * value[1:]
+    return DiscountedSum.apply(known, lambda_ * discount[1:], value[-1])
 
 
 class ActorCritic(nn.Module):
@@ -572,12 +591,14 @@ class ActorCritic(nn.Module):
 
     def imagine(
         self, dynamics: RSSM, start: State, leaves: list | None = None
-    ) -> tuple[list[State], Tensor, Tensor, Normal | OneHot]:
-        """Roll the policy out from `start` (N,*): H states, features (H,N,F), actions (H,N,A), policies (H,N).
+    ) -> tuple[list[Tensor], Tensor, Tensor, Normal | OneHot]:
+        """Roll the policy out from `start` (N,*): H logits (N,*), features (H,N,F), actions (H,N,A), policies (H,N).
 
         Into a list `leaves` go (action, draw) of each step, and no gradient leads from an action to the actor.
         """
         states, feats, actions, outputs, at_once = [start], [], [], [], leaves is not None
+        by_hand = at_once and self.imag_sample and dynamics.default_structure
+        layers = dynamics.recorded_layers(self.imag_horizon - 1, len(start.deter)) if by_hand else None
         with self.actor.record() if at_once else contextlib.nullcontext() as recorded:
             for k in range(self.imag_horizon):
                 feats.append(states[k].feat)
@@ -589,10 +610,17 @@ class ActorCritic(nn.Module):
                 if leaves is not None:
                     leaves.append((actions[k].requires_grad_(), draw))
                 if k < self.imag_horizon - 1:
-                    states.append(dynamics.img_step(states[k], actions[k], self.imag_sample))
-        feat = torch.stack(feats)
+                    step = (states[k], actions[k])
+                    recorded_step = dynamics.recorded_step
+                    states.append(
+                        recorded_step(*step, layers) if layers else dynamics.img_step(*step, self.imag_sample)
+                    )
+        feat, logits = torch.stack(feats), [state.logit for state in states]
+        if layers:
+            feat, logit = dynamics.imagined(feat, torch.stack(actions[:-1]), layers)
+            logits = [start.logit, *logit]
         out = self.actor.repeat(feat.detach(), recorded) if recorded else torch.stack(outputs)
-        return states, feat, bound_action(torch.stack(actions)), self.actor.policy(out)
+        return logits, feat, bound_action(torch.stack(actions)), self.actor.policy(out)
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -606,7 +634,7 @@ class ActorCritic(nn.Module):
             # Step by step the actor's backward pass would take as many small operations as there are steps.
             at_once = self.behavior_stop_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
             leaves: list | None = [] if at_once else None
-            states, feat, action, policy = self.imagine(world_model.dynamics, start, leaves)
+            logits, feat, action, policy = self.imagine(world_model.dynamics, start, leaves)
             entropy = policy.entropy()
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)
             discount = self.discount * world_model.cont_head(feat).mean.squeeze(-1)
@@ -615,8 +643,7 @@ class ActorCritic(nn.Module):
         value = self.critic.distribution(critic_out).mode.squeeze(-1)
         state_entropy = None
         if self.actor_state_entropy > 0:
-            logit = torch.stack([state.logit for state in states])
-            state_entropy = world_model.dynamics.entropy(world_model.dynamics.dist(logit))
+            state_entropy = world_model.dynamics.entropy(world_model.dynamics.dist(torch.stack(logits)))
         if self.future_entropy:
             reward = reward + self.actor_entropy * entropy
             if state_entropy is not None:
@@ -653,11 +680,11 @@ class ActorCritic(nn.Module):
             actor_loss = actor_loss + (by_actions - by_actions.detach())
 
         critic = self.critic.distribution(critic_out[:-1])
-        log_likelihood = critic.log_prob(returns.detach())
+        targets = [returns.detach()]
         if self.slow_critic is not None:
             with torch.no_grad(), autocast(start.deter, self.bf16):
-                slow = self.slow_critic(feat[:-1]).mode.squeeze(-1)
-            log_likelihood = log_likelihood + critic.log_prob(slow)
+                targets.append(self.slow_critic(feat[:-1]).mode.squeeze(-1))
+        log_likelihood = critic.log_prob(torch.stack(targets)).sum(0)
         value_loss = (weight * -log_likelihood).mean()
         if self.value_decay:
             value_loss = value_loss + self.value_decay * (weight * critic.mode.squeeze(-1)).mean()

@@ -8,6 +8,8 @@ across implementations. Sizes follow DreamerV3 (Hafner et al., 2023), on which H
 """
 
 import contextlib
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -27,7 +29,11 @@ TRUNCATED_STD = 0.87962566103423978
 
 def draw_onehot(probs: Tensor) -> Tensor:
     """One one-hot draw per row of `probs` (..., K), of sum 1, by inverting their cumulative sum. No host sync."""
-    index = (probs.cumsum(-1)[..., :-1] <= torch.rand_like(probs[..., :1])).sum(-1, keepdim=True)
+    cumulative, uniform = probs[..., :-1].cumsum(-1), torch.rand_like(probs[..., :1])
+    if few_classes(probs):
+        index = (cumulative <= uniform).sum(-1, keepdim=True)
+    else:
+        index = torch.searchsorted(cumulative, uniform, right=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
@@ -44,11 +50,13 @@ def symlog(x: Tensor) -> Tensor:
 
 
 def symexp(x: Tensor) -> Tensor:
-    return torch.sign(x) * torch.expm1(torch.abs(x))
+    return torch.sign(x.detach()) * torch.expm1(torch.abs(x))
 
 
 def bound_action(action: Tensor) -> Tensor:
     """a / max(1, |a|) with a detached divisor: bounded to [-1, 1], with gradients outside."""
+    if not (action.requires_grad and torch.is_grad_enabled()):
+        return action.clamp(-1.0, 1.0)
     return action / action.detach().abs().clamp(min=1.0)
 
 
@@ -57,11 +65,24 @@ def full(x: Tensor) -> Tensor:
     return x.to(torch.get_default_dtype())
 
 
+def few_classes(x: Tensor) -> bool:
+    """Whether the CPU's kernels along the last axis are slow, as they are for short rows x (..., K)."""
+    return not x.is_cuda and x.shape[-1] < 8
+
+
 def softmax(logits: Tensor) -> Tensor:
     """Softmax over the last axis. For few classes the CPU kernel is five times faster along the first axis."""
-    if logits.is_cuda or logits.shape[-1] >= 8:
-        return torch.softmax(logits, -1)
-    return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1).contiguous()
+    if few_classes(logits):
+        return torch.softmax(logits.movedim(-1, 0), 0).movedim(0, -1).contiguous()
+    return torch.softmax(logits, -1)
+
+
+def softmax_backward(gradient: Tensor, probs: Tensor) -> Tensor:
+    """The gradient of logits from that of their softmax `probs`."""
+    backward = torch.ops.aten._softmax_backward_data.default
+    if few_classes(probs):
+        return backward(gradient.movedim(-1, 0), probs.movedim(-1, 0), 0, probs.dtype).movedim(0, -1)
+    return backward(gradient, probs, -1, probs.dtype)
 
 
 # --- distributions --------------------------------------------------------------------------------------------------
@@ -77,6 +98,21 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return None, gradient
+
+
+class Pick(torch.autograd.Function):
+    """`x.gather(-1, index)` for indices that differ within a row: the gradient is written, not added up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.gather(-1, index)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).scatter_(-1, index, gradient), None
 
 
 class OneHot:
@@ -189,12 +225,18 @@ class TwoHot:
         return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Two-hot log-likelihood of scalars `x` (...) without gradient, shape (...)."""
-        x = symlog(x).clamp(-self.LIMIT, self.LIMIT).unsqueeze(-1)
-        # (..., 255): the mass of a bucket falls linearly to zero at its neighbours; out of range the last takes all.
-        width = 2.0 * self.LIMIT / (len(self.buckets) - 1)
-        mass = (1.0 - (x - self.buckets).abs() / width).clamp(min=0.0)
-        return (self.log_probs * mass).sum(-1)
+        """Two-hot log-likelihood of scalars `x` (...), or of several (n,...), without gradient, in the shape of `x`.
+
+        Two buckets share the mass in proportion to their nearness. Out of range the last takes all.
+        """
+        last = len(self.buckets) - 1
+        position = (symlog(x) * (0.5 * last / self.LIMIT) + 0.5 * last).clamp(0.0, last)
+        # NaN makes any number here, and stays NaN below.
+        low = position.long().clamp(0, last - 1)
+        share = position - low
+        # (..., 2)
+        near = Pick.apply(self.log_probs.expand(*x.shape, -1), torch.stack([low, low + 1], -1))
+        return (near * torch.stack([1.0 - share, share], -1)).sum(-1)
 
 
 class Bernoulli:
@@ -254,7 +296,7 @@ def join(parts: list[Tensor]) -> Tensor:
 def split_linear(blocks: nn.Sequential, sizes: list[int]) -> tuple[Tensor, ...]:
     """The first weight (units, sum(sizes)) split by inputs: W [x; y] = W_x x + W_y y avoids joining x and y."""
     weight: Tensor = blocks[0].weight
-    return weight.split(sizes, 1)
+    return weight.tensor_split(list(itertools.accumulate(sizes))[:-1], 1)
 
 
 def dense_blocks(inputs: int, units: int, layers: int, act: str, norm: str) -> nn.Sequential:
@@ -654,7 +696,8 @@ class ActorHead(MLP):
             return Normal(out, torch.ones_like(out))
         mean, raw_std = out.chunk(2, -1)
         if self.dist == "normal":
-            std = (self.max_std - self.min_std) * torch.sigmoid(raw_std + 2.0) + self.min_std
+            # min + (max - min) sigmoid(x + 2), with one operation less
+            std = torch.rsub(torch.sigmoid(raw_std + 2.0), self.min_std, alpha=self.min_std - self.max_std)
         else:
             std = 2.0 * torch.sigmoid(raw_std / 2.0) + self.min_std
         return Normal(torch.tanh(mean), std)
@@ -665,13 +708,21 @@ class ActorHead(MLP):
 Layer = Callable[..., Tensor]  # of x and, if the layer has no bias, of what is added to its output
 
 
-def linear_layer(weight: Tensor, bias: Tensor | None = None) -> Layer:
+def linear_layer(weight: Tensor, bias: Tensor | None = None, norm: nn.Module | None = None) -> Layer:
     def layer(x: Tensor, plus: Tensor | None = None) -> Tensor:
         if plus is None:
-            return F.linear(x, weight, bias)
-        return torch.addmm(plus, x, weight.t()) if x.dim() == 2 else F.linear(x, weight) + plus
+            y = F.linear(x, weight, bias)
+        else:
+            y = torch.addmm(plus, x, weight.t()) if x.dim() == 2 else F.linear(x, weight) + plus
+        return y if norm is None else norm(y)
 
     return layer
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """In which precision products with `weight` are computed here."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class SequenceLinear:
@@ -682,11 +733,9 @@ class SequenceLinear:
     it faster that way.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.bias, self.steps = bias, []
-        self.dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            self.dtype = torch.get_autocast_dtype(weight.device.type)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, norm: nn.Module | None = None):
+        self.bias, self.norm, self.steps = bias, norm, []
+        self.dtype = product_dtype(weight)
         self.weight = weight.detach().to(self.dtype)
         self.transposed = self.weight.t().contiguous()
         # Every step depends on this node, so its backward pass runs after theirs.
@@ -695,7 +744,8 @@ class SequenceLinear:
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self.bias is not None:
             plus = self.bias.expand(len(x), -1)
-        return _SequenceStep.apply(x.to(self.dtype), self.anchor, plus, self)
+        y = _SequenceStep.apply(x.to(self.dtype), self.anchor, plus, self)
+        return y if self.norm is None else self.norm(y)
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -724,6 +774,51 @@ class _SequenceStep(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.layer.steps.append((x.detach(), gradient))
         return gradient @ ctx.layer.weight, None, gradient if ctx.needs_input_grad[2] else None, None
+
+
+class RecordedLinear:
+    """`linear_layer` applied without gradients at T steps to B rows; keeps what a backward pass by hand needs.
+
+    outputs: (T,B,*), before the norm. normed: per step what LayerNorm made of them, their mean and their 1 / deviation.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, norm: nn.LayerNorm | None = None, *, steps: int, rows: int
+    ):
+        self.dtype, self.norm = product_dtype(weight), norm
+        self.normed: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.weight = weight.detach().to(self.dtype)
+        self.transposed = self.weight.t().contiguous()
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.outputs = self.transposed.new_empty(steps, rows, len(weight))
+        self.left = iter(self.outputs)
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        x, plus, y = x.to(self.dtype), self.bias if plus is None else plus.to(self.dtype), next(self.left)
+        if plus is None:
+            torch.mm(x, self.transposed, out=y)
+        else:
+            torch.addmm(plus, x, self.transposed, out=y)
+        if self.norm is None:
+            return y
+        norm, y = self.norm, full(y)
+        self.normed.append(torch.native_layer_norm(y, y.shape[-1:], norm.weight, norm.bias, norm.eps))
+        return self.normed[-1][0]
+
+    def kept(self, number: int) -> Tensor:
+        """One of `normed`, of all steps (T,B,*)."""
+        return torch.stack([normed[number] for normed in self.normed])
+
+    def norm_backward(
+        self, gradient: Tensor, t: int | None = None, rstd: Tensor | None = None, trained: bool = False
+    ) -> tuple[Tensor, ...]:
+        """From the gradient of what the norm gave, at step t or at all: that of its input, if `trained` of weights."""
+        if t is None:
+            y, mean, own = self.outputs, self.kept(1), self.kept(2)
+        else:
+            y, (_, mean, own) = self.outputs[t], self.normed[t]
+        args = gradient, full(y), y.shape[-1:], mean, own if rstd is None else rstd, self.norm.weight, self.norm.bias
+        return torch.ops.aten.native_layer_norm_backward.default(*args, [True, trained, trained])
 
 
 # --- latent dynamics ------------------------------------------------------------------------------------------------
@@ -811,7 +906,7 @@ def where_state(flag: Tensor, yes: State, no: State) -> State:
 class GRUCell(nn.Module):
     """GRU with one joint projection, optionally layer-normalised; x (..., H), h (..., D) -> (..., D).
 
-    `forward` takes the projection as a function, so that `StepLayers` decides how it is computed.
+    `forward` takes projection and norm as a function, so that `StepLayers` decides how they are computed.
 
     Differs from the textbook cell: gates come in the order reset, candidate, update; reset scales the candidate's
     pre-activation; the update gate has a bias of -1.
@@ -824,24 +919,40 @@ class GRUCell(nn.Module):
         init_truncated(self.linear)
 
     def forward(self, x: Tensor, h: Tensor, project: Layer) -> Tensor:
-        return self.gates(full(self.norm(project(torch.cat([x, h], -1)))), h)
+        return self.gates(full(project(torch.cat([x, h], -1))), h)
 
     @staticmethod
     def gates(pre: Tensor, h: Tensor) -> Tensor:
-        """h' from the normalised projection (..., 3D)."""
+        """h' from the normalised projection (..., 3D). Who changes it changes `slopes` too."""
         reset, candidate, update = pre.chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1.0)
         return torch.lerp(h, candidate, update)
 
+    @staticmethod
+    def slopes(pre: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives of `gates` by `pre`, (..., 3, D), and by `h`, (..., D)."""
+        sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+        reset, candidate, update = pre.chunk(3, -1)
+        reset, update = torch.sigmoid(reset), torch.sigmoid(update - 1.0)
+        new, slopes = torch.tanh(reset * candidate), pre.new_empty(*h.shape[:-1], 3, h.shape[-1])
+        by_product = tanh_backward(update, new)
+        sigmoid_backward(by_product * candidate, reset, grad_input=slopes[..., 0, :])
+        torch.mul(by_product, reset, out=slopes[..., 1, :])
+        sigmoid_backward(new - h, update, grad_input=slopes[..., 2, :])
+        return slopes, 1.0 - update
+
 
 class StepLayers(NamedTuple):
-    """The linear layers applied at every `RSSM` step: of z, of the GRU, of h (if any) and of the posterior's output."""
+    """The linear layers applied at every `RSSM` step: of z, of the GRU and of h (if any), with norms, and the output's.
+
+    The latter two are those of the posterior or, in recorded imagination, of the prior.
+    """
 
     stoch: Layer
     gru: Layer
     deter: Layer | None
-    post: Layer
+    out: Layer
 
 
 class RSSM(nn.Module):
@@ -908,7 +1019,7 @@ class RSSM(nn.Module):
         init_truncated(self.prior_head)
         init_truncated(self.post_head)
         self.initial_deter = nn.Parameter(torch.zeros(1, deter)) if initial == "learned" else None
-        # What `FilterGradient` is written for.
+        # What `StepsGradient` is written for.
         one_layer = input_layers == output_layers == rec_depth == 1 and (act, norm) == ("SiLU", "LayerNorm")
         self.default_structure = bool(one_layer and discrete and temp_post and not shared and cell == "gru_layer_norm")
 
@@ -945,11 +1056,18 @@ class RSSM(nn.Module):
 
     def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
         """q(z | h, e) for any leading axes."""
-        return self._posterior(deter, self._embed_part(embed), self._step_layers(), sample)
+        return self._output(self.post_hidden, deter, self._embed_part(embed), self._step_layers(), sample)
 
     def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
         """One step of imagination: the prior after `action` (..., A). `embed` serves `shared` posteriors only."""
         return self.prior(self._recur(state, self._action_part(action, embed), self._step_layers()), sample)
+
+    @torch.no_grad()
+    def recorded_step(self, state: State, action: Tensor, layers: StepLayers) -> State:
+        """`img_step` by `recorded_layers`; `imagined` adds the gradients of all steps."""
+        return self._output(
+            self.prior_hidden, self._recur(state, self._action_part(action), layers), None, layers, True
+        )
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> State:
         """The posterior after `action` (B,A) led to `embed` (B,E). Rows with `is_first` (B,) start afresh."""
@@ -959,21 +1077,30 @@ class RSSM(nn.Module):
     def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, sample: bool = True) -> tuple[State, State]:
         """Filter a batch: embed (B,T,E), action (B,T,A), is_first (B,T) bool -> posterior and prior (B,T,*)."""
         # Tracing with `fullgraph` cannot follow gradients that are collected or written by hand.
-        tracing, differentiate = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        by_hand = self.default_structure and sample and differentiate and not tracing
-        layers = self._step_layers(linear_layer if tracing else SequenceLinear)
-        initial = self.initial(is_first.shape[:1])
+        tracing, (rows, steps) = torch.compiler.is_compiling(), is_first.shape
+        by_hand = self.default_structure and sample and torch.is_grad_enabled() and not tracing
+        initial = self.initial((rows,))
         # What does not depend on the recurrence is computed for all steps at once.
         parts = self._filter_inputs(embed, action, is_first)
         state, posts = initial, []
-        with torch.set_grad_enabled(differentiate and not by_hand):
+        with torch.no_grad() if by_hand else contextlib.nullcontext():
+            linear = linear_layer if tracing else SequenceLinear
+            layers = self.recorded_layers(steps, rows, prior=False) if by_hand else self._step_layers(linear)
             for action_part, embed_part, first in zip(*(x.unbind(1) for x in (*parts, is_first)), strict=True):
                 state = self._filter(state, action_part, embed_part, first, initial, layers, sample)
                 posts.append(state)
             post = stack_states(posts, 1)
         if by_hand:
-            trained = (p for p in self.parameters() if p.requires_grad)
-            post = State(*FilterGradient.apply(self, is_first, *post[:3], *parts, *initial[:2], *trained))
+            with torch.no_grad():
+                before = self.shift(post, is_first, initial)
+                goes_on = (~is_first.t()).unsqueeze(-1).to(embed.dtype)
+                goes_on[0] = 0.0
+                before_after = [before.deter, before.stoch.flatten(2), post.feat, post.logit]
+            inputs = [x.transpose(0, 1) for x in (*before_after, *parts)]
+            results = self._with_gradient(layers, False, goes_on, *inputs, initial.deter, initial.stoch)
+            feat, logit = (x.transpose(0, 1) for x in results)
+            stoch, deter = feat.split([self.stoch_size, self.deter], -1)
+            post = State(deter, stoch.unflatten(-1, self.stoch_shape), logit)
         if self.shared:
             action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
             return post, self.img_step(self.shift(post, is_first), action, sample)
@@ -996,24 +1123,39 @@ class RSSM(nn.Module):
     ) -> State:
         """The posterior of one step from prepared inputs (see `_filter_inputs`)."""
         deter = self._recur(where_state(is_first, initial, state), action_part, layers)
-        return self.prior(deter, sample) if self.shared else self._posterior(deter, embed_part, layers, sample)
-
-    def _step_weights(self) -> tuple[Tensor, ...]:
-        """The weights of `StepLayers`, in their order."""
-        stoch, deter = split_linear(self.input, self.input_sizes)[0], split_linear(self.post_hidden, self.post_sizes)[0]
-        return stoch, self.cell.linear.weight, deter, self.post_head.weight
-
-    def _step_layers(self, linear: Callable[..., Layer] = linear_layer) -> StepLayers:
-        """The layers of one step, each made by `linear(weight, bias)`."""
-        stoch, gru, deter, post = self._step_weights()
-        return StepLayers(
-            stoch=linear(stoch),
-            gru=linear(gru),
-            deter=linear(deter) if self.temp_post else None,
-            post=linear(post, self.post_head.bias),
+        return (
+            self.prior(deter, sample)
+            if self.shared
+            else self._output(self.post_hidden, deter, embed_part, layers, sample)
         )
 
-    def _action_part(self, action: Tensor, embed: Tensor | None) -> Tensor:
+    def _step_weights(self, prior: bool) -> tuple[Tensor, ...]:
+        """The weights of `StepLayers`, in their order, and the bias of the last."""
+        stoch = split_linear(self.input, self.input_sizes)[0]
+        deter = (
+            split_linear(self.prior_hidden, [self.deter])[0]
+            if prior
+            else split_linear(self.post_hidden, self.post_sizes)[0]
+        )
+        head = self.prior_head if prior else self.post_head
+        return stoch, self.cell.linear.weight, deter, head.weight, head.bias
+
+    def _step_layers(self, linear: Callable[..., Layer] = linear_layer, prior: bool = False) -> StepLayers:
+        """The layers of one step, each made by `linear(weight, bias, norm)`."""
+        stoch, gru, deter, out, bias = self._step_weights(prior)
+        hidden = self.prior_hidden if prior else self.post_hidden
+        return StepLayers(
+            stoch=linear(stoch, None, self.input[1]),
+            gru=linear(gru, None, self.cell.norm),
+            deter=linear(deter, None, hidden[1]) if self.temp_post else None,
+            out=linear(out, bias),
+        )
+
+    def recorded_layers(self, steps: int, rows: int, prior: bool = True) -> StepLayers:
+        """The layers of `steps` steps without gradients, whose results `_with_gradient` differentiates."""
+        return self._step_layers(functools.partial(RecordedLinear, steps=steps, rows=rows), prior)
+
+    def _action_part(self, action: Tensor, embed: Tensor | None = None) -> Tensor:
         """Contribution (..., H) of the action to the input layer, and of the embedding if `shared` (else zeros)."""
         _, weight, *rest = split_linear(self.input, self.input_sizes)
         part = F.linear(bound_action(action), weight)
@@ -1023,22 +1165,43 @@ class RSSM(nn.Module):
         """Contribution (..., H) of the embedding to the posterior's first layer."""
         return F.linear(embed, split_linear(self.post_hidden, self.post_sizes)[-1])
 
-    # `FilterGradient` differentiates `_recur` and `_posterior` by hand: who changes one of them changes it too or makes
-    # `default_structure` False. test_gradient_of_the_filter_is_that_of_its_steps in tests/test_models.py compares them.
+    def imagined(self, feat: Tensor, action: Tensor, layers: StepLayers) -> tuple[Tensor, Tensor]:
+        """Features (H,N,F) of a start and the results of `recorded_step`, and logits (H-1,N,*) of the latter.
+
+        With the gradients by `action` (H-1,N,A).
+        """
+        stoch, deter = feat[:-1].split([self.stoch_size, self.deter], -1)
+        assert isinstance(layers.out, RecordedLinear)
+        logit = full(layers.out.outputs).unflatten(-1, self.logit_shape)
+        inputs = deter.new_ones(len(action), 1, 1), deter, stoch, feat, logit, self._action_part(action)
+        return self._with_gradient(layers, True, *inputs, None, None, None)
+
+    def _with_gradient(self, layers: StepLayers, prior: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Results of steps on `recorded_layers`, with gradients; `inputs` are those of `StepsGradient`."""
+        norms = self.input[1], self.cell.norm, (self.prior_hidden if prior else self.post_hidden)[1]
+        parameters = [*self._step_weights(prior), *(p for norm in norms for p in norm.parameters())]
+        return StepsGradient.apply(self, layers, *inputs, *parameters)
+
+    # `StepsGradient` differentiates `_recur` and `_output` by hand: who changes one of them changes it too or makes
+    # `default_structure` False. In tests/test_models.py test_gradient_of_the_filter_is_that_of_its_steps and
+    # test_gradient_of_the_actor_is_that_of_its_steps compare them.
     def _recur(self, state: State, action_part: Tensor, layers: StepLayers) -> Tensor:
         """h' = GRU(z, h, a), shape (..., D)."""
         x = layers.stoch(state.stoch.reshape(*state.deter.shape[:-1], -1), action_part)
-        for layer in list(self.input)[1:]:
+        for layer in list(self.input)[2:]:
             x = layer(x)
         for _ in range(self.rec_depth):
             x = self.cell(x, state.deter, layers.gru)
         return x
 
-    def _posterior(self, deter: Tensor, embed_part: Tensor, layers: StepLayers, sample: bool) -> State:
-        x = embed_part if layers.deter is None else layers.deter(deter, embed_part)
-        for layer in list(self.post_hidden)[1:]:
+    def _output(
+        self, hidden: nn.Sequential, deter: Tensor, part: Tensor | None, layers: StepLayers, sample: bool
+    ) -> State:
+        """The latent by the hidden layers of prior or posterior, from h and what is added to the first product."""
+        x = hidden[1](part) if layers.deter is None else layers.deter(deter, part)
+        for layer in list(hidden)[2:]:
             x = layer(x)
-        return self._latent(deter, layers.post(x), sample)
+        return self._latent(deter, layers.out(x), sample)
 
     def shift(self, state: State, is_first: Tensor, initial: State | None = None) -> State:
         """The state before each step of a sequence (B,T,*): the previous entry, or the initial one where reset."""
@@ -1064,98 +1227,93 @@ class RSSM(nn.Module):
         return State(deter, dist.sample() if sample else dist.mode, logit)
 
 
-# --- gradient of the filter -----------------------------------------------------------------------------------------
+# --- gradient of a sequence of steps --------------------------------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight, computed in the precision of `weight` and returned in that of `x`."""
-    return (x.to(weight.dtype) @ weight).to(x.dtype)
+def product(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+    """x @ weight + plus, with a product in the precision of `weight`, returned in that of `x`."""
+    if plus is not None and x.dtype == weight.dtype:
+        return torch.addmm(plus, x, weight)
+    y = (x.to(weight.dtype) @ weight).to(x.dtype)
+    return y if plus is None else plus + y
 
 
-def product_plus(plus: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return torch.addmm(plus, x, weight) if x.dtype == weight.dtype else plus + product(x, weight)
+class StepsGradient(torch.autograd.Function):
+    """Backward pass of T steps of the filter or of imagination at the default structure, which ran without gradients.
 
-
-def norm_by_step(layer: nn.LayerNorm, x: Tensor, keep: float | Tensor = 1.0) -> tuple[Tensor, Callable]:
-    """LayerNorm y of x (T,B,*); and what gives the gradient of step t's x, times `keep` (T,B,1), from that of y."""
-    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
-    values, factor = x.detach(), rstd.detach() * keep
-
-    def backward(t: int, gradient: Tensor) -> Tensor:
-        args = gradient, values[t], x.shape[-1:], mean[t], factor[t], layer.weight, layer.bias, [True, False, False]
-        gradient_x: Tensor = torch.ops.aten.native_layer_norm_backward.default(*args)[0]
-        return gradient_x
-
-    return y, backward
-
-
-class FilterGradient(torch.autograd.Function):
-    """Backward pass of `RSSM.observe` at the default structure, for a posterior that was filtered without gradients.
-
-    Only what a step hands to the one before is computed step by step, in 12 operations where autograd takes 47. The
-    rest, all gradients of parameters included, is left to autograd on one step of all states side by side.
+    Only what a step hands to the one before is computed step by step, in 13 operations where autograd takes 47. The
+    gradients of parameters follow for all steps at once. No product of the steps is repeated. Tensors are (T,B,*).
     """
 
     @staticmethod
-    def forward(ctx, rssm, is_first, deter, stoch, logit, *inputs):
-        """Inputs that get gradients: parts of action and embedding (B,T,H), initial deter and stoch, parameters."""
-        ctx.rssm, ctx.parameters = rssm, inputs[4:]
-        ctx.save_for_backward(is_first, deter, stoch, logit, *inputs[:4])
-        device = deter.device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return deter.view_as(deter), stoch.view_as(stoch), logit.view_as(logit)
+    def forward(ctx, rssm, layers, goes_on, h, z, feat, logit, *inputs):
+        """`feat` (T,B,F) and `logit` after the steps; the former may begin with features before the first step.
+
+        layers: `recorded_layers`. goes_on (T,B,1) or (T,1,1): 0 where a step begins afresh. h, z: what each step began
+        with. `inputs` get gradients: parts of action and embedding (T,B,H), initial deter and stoch (B,*), weights of
+        the layers, and weight and bias of each norm.
+        """
+        ctx.rssm, ctx.layers = rssm, layers
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(goes_on, h, z, feat, logit)
+        return feat.view_as(feat), logit.view_as(logit)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, deter_grad, stoch_grad, logit_grad):
-        rssm, (is_first, *post, action_part, embed_part, deter, stoch) = ctx.rssm, ctx.saved_tensors
-        silu_backward, softmax_backward = torch.ops.aten.silu_backward, torch.ops.aten._softmax_backward_data
-        # (T, B, 1): 0 where a step begins afresh
-        goes_on = (~is_first.t().unsqueeze(-1)).to(deter.dtype)
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            inputs = [x.detach().requires_grad_() for x in (action_part, embed_part, deter, stoch)]
-            action_part, embed_part, deter, stoch = inputs
-            before = rssm.shift(State(*post), is_first, State(deter, stoch, post[2][:, 0]))
-            # (T, B, *) from here on
-            z, h, action_part, embed_part = (
-                x.transpose(0, 1) for x in (before.stoch.flatten(2), before.deter, action_part, embed_part)
-            )
-            layers = rssm._step_layers()
-            x, back_to_z = norm_by_step(rssm.input[1], full(layers.stoch(z) + action_part))
-            gates, back_to_gru = norm_by_step(rssm.cell.norm, full(layers.gru(torch.cat([F.silu(x), h], -1))), goes_on)
-            deter = rssm.cell.gates(gates, h)
-            out, back_to_deter = norm_by_step(rssm.post_hidden[1], full(layers.deter(deter.detach()) + embed_part))
-            logit = full(layers.post(F.silu(out)))
-            # h' by the GRU's output: the gates act on each element alone.
-            (slopes,) = torch.autograd.grad(deter, gates, torch.ones_like(deter), retain_graph=True)
-        # h' by h, at the same gates
-        kept = torch.sigmoid(1.0 - gates.detach()[..., 2 * rssm.deter :]) * goes_on
-        probs, slopes = softmax(post[2]).transpose(0, 1), slopes.unflatten(-1, (3, -1))
-        x, out = x.detach(), out.detach()
-        precision = ctx.autocast[1] if ctx.autocast[2] else deter.dtype
-        stoch_w, gru_w, deter_w, post_w = (weight.to(precision) for weight in rssm._step_weights())
+    def backward(ctx, feat_grad, logit_grad):
+        rssm, layers, (goes_on, h, z, feat, logit) = ctx.rssm, ctx.layers, ctx.saved_tensors
+        stoch_w, gru_w, deter_w, out_w = (layer.weight for layer in layers)
+        needed, silu_backward, mixed = ctx.needs_input_grad[7:], torch.ops.aten.silu_backward, 1.0 - rssm.unimix
+        probs, (slopes, kept) = softmax(logit), rssm.cell.slopes(layers.gru.kept(0), h)
         # What later losses send to each step, before products where it can be
-        stoch_grad, logit_grad = (grad.transpose(0, 1).flatten(2) for grad in (stoch_grad, logit_grad))
-        hidden_grad = product(logit_grad, post_w)
-        joint_grad = F.pad(deter_grad.transpose(0, 1), (x.shape[-1], 0))
-        post_w = post_w * (1.0 - rssm.unimix)
+        feat_grad = torch.zeros_like(feat) if feat_grad is None else feat_grad
+        stoch_grad, deter_grad = feat_grad[-len(h) :].split([rssm.stoch_size, rssm.deter], -1)
+        logit_grad = None if logit_grad is None else logit_grad.flatten(2)
+        hidden_grad = [None] * len(h) if logit_grad is None else product(logit_grad, out_w)
+        draw_w, rstd = out_w * mixed, layers.stoch.kept(2) * goes_on
 
-        stoch_total, deter_total, totals = stoch_grad[-1], joint_grad[-1, :, x.shape[-1] :], []
-        for t in reversed(range(len(goes_on))):
-            from_draw = softmax_backward(stoch_total.view_as(probs[t]), probs[t], -1, probs.dtype).flatten(1)
-            hidden = product_plus(hidden_grad[t], from_draw, post_w)
-            deter_total = product_plus(deter_total, back_to_deter(t, silu_backward(hidden, out[t])), deter_w)
-            totals.append((deter_total, from_draw))
+        stoch_total, deter_total, totals = stoch_grad[-1], deter_grad[-1], []
+        for t in reversed(range(len(h))):
+            draw_total = softmax_backward(stoch_total.view_as(probs[t]), probs[t]).flatten(1)
+            out_total = silu_backward(product(draw_total, draw_w, hidden_grad[t]), layers.deter.normed[t][0])
+            deter_total = product(layers.deter.norm_backward(out_total, t)[0], deter_w, deter_total)
+            gates_total = (deter_total.unsqueeze(1) * slopes[t]).flatten(1)
+            joint_total = product(layers.gru.norm_backward(gates_total, t)[0], gru_w)
+            x_total, h_total = joint_total.tensor_split([len(stoch_w)], -1)
+            x_total = silu_backward(x_total, layers.stoch.normed[t][0])
+            input_total = layers.stoch.norm_backward(x_total, t, rstd[t])[0]
+            totals.append((input_total, x_total, deter_total, out_total, draw_total))
             if t:
-                gates_total = (deter_total.unsqueeze(1) * slopes[t]).flatten(1)
-                joint = product_plus(joint_grad[t - 1], back_to_gru(t, gates_total), gru_w)
-                x_total, h_total = joint.tensor_split([x.shape[-1]], -1)
-                stoch_total = product_plus(stoch_grad[t - 1], back_to_z(t, silu_backward(x_total, x[t])), stoch_w)
-                deter_total = torch.addcmul(h_total, deter_total, kept[t])
-        deter_totals, from_draws = (torch.stack(steps) for steps in zip(*reversed(totals), strict=True))
-        totals = [deter_totals, torch.add(logit_grad, from_draws, alpha=1.0 - rssm.unimix)]
-        found = torch.autograd.grad([deter, logit], [*inputs, *ctx.parameters], totals, allow_unused=True)
-        return None, None, None, None, None, *found
+                stoch_total = product(input_total, stoch_w, stoch_grad[t - 1])
+                h_total = torch.addcmul(h_total, deter_total, kept[t])
+                deter_total = torch.addcmul(deter_grad[t - 1], h_total, goes_on[t])
+
+        input_totals, *others = zip(*reversed(totals), strict=True)
+        if not any(needed[1:]):  # in imagination, where no step begins afresh
+            return *[None] * 7, torch.stack(input_totals), *[None] * (len(needed) - 1)
+        x_totals, deter_totals, out_totals, draw_totals = map(torch.stack, others)
+        grad_x, *norm_x = layers.stoch.norm_backward(x_totals, trained=True)
+        grad_gates, *norm_gates = layers.gru.norm_backward(
+            (deter_totals.unsqueeze(2) * slopes).flatten(2), trained=True
+        )
+        grad_out, *norm_out = layers.deter.norm_backward(out_totals, trained=True)
+        grad_logit = draw_totals * mixed if logit_grad is None else torch.add(logit_grad, draw_totals, alpha=mixed)
+        # (B, *): of what begins afresh
+        afresh = 1.0 - goes_on
+        initial_deter = (afresh * deter_totals * kept).sum(0)
+        initial_deter = product((afresh * grad_gates).sum(0), gru_w[:, len(stoch_w) :], initial_deter)
+        initial_stoch = product((afresh * grad_x).sum(0), stoch_w).view_as(probs[0])
+        joint = join([F.silu(layers.stoch.kept(0)), h])
+        pairs = (
+            (grad_x, z),
+            (grad_gates, joint),
+            (grad_out, feat[-len(h) :, :, rssm.stoch_size :]),
+            (grad_logit, F.silu(layers.deter.kept(0))),
+        )
+        weights = (product(y.flatten(0, 1).t(), by.flatten(0, 1).to(out_w.dtype)) for y, by in pairs)
+        found = grad_x, grad_out, initial_deter, initial_stoch, *weights, grad_logit.sum((0, 1))
+        found = *found, *norm_x, *norm_gates, *norm_out
+        return *[None] * 7, *(gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True))
 
 
 # --- transformer dynamics -------------------------------------------------------------------------------------------

@@ -38,6 +38,14 @@ def test_twohot_beyond_its_range_takes_the_last_bucket():
     torch.testing.assert_close(found, expected)
 
 
+def test_twohot_of_nan_is_nan_and_several_targets_share_a_head():
+    head = networks.TwoHot(torch.randn(3, 255), torch.linspace(-20, 20, 255))
+    x = torch.tensor([[1.0, torch.nan, -3.0], [2.0, 0.5, torch.inf]])
+    found = head.log_prob(x)
+    assert found.isnan().tolist() == [[False, True, False], [False] * 3]
+    torch.testing.assert_close(found, torch.stack([head.log_prob(row) for row in x]), equal_nan=True)
+
+
 def test_twohot_mean_inverts_its_target():
     """Fitting the log-likelihood of one value makes the mean that value."""
     logits = torch.zeros(1, 255, requires_grad=True)
@@ -531,6 +539,24 @@ def filtered(
     return [*post[:3], *(g for _ in range(2) for g in torch.autograd.grad(loss, inputs, retain_graph=True))]
 
 
+def test_gradients_by_hand_are_those_of_their_functions(double):
+    check, pre, h = (
+        torch.autograd.gradcheck,
+        torch.randn(2, 9, requires_grad=True),
+        torch.randn(2, 3, requires_grad=True),
+    )
+    assert check(
+        models.DiscountedSum.apply, [torch.rand(*shape, requires_grad=True) for shape in ((4, 2), (4, 2), (2,))]
+    )
+    assert check(lambda x: networks.Pick.apply(x, torch.tensor([[1, 0], [2, 1]])), [pre])
+    assert check(networks.symexp, [pre])
+    slopes, kept = networks.GRUCell.slopes(pre.detach(), h.detach())
+    new = networks.GRUCell.gates(pre, h)
+    by_pre, by_h = torch.autograd.grad(new, [pre, h], torch.ones_like(new))
+    torch.testing.assert_close(slopes.flatten(1), by_pre, rtol=0, atol=1e-12)
+    torch.testing.assert_close(kept, by_h, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("classes", [2, 8])
 def test_gradient_of_the_filter_is_that_of_its_steps(classes, double, monkeypatch):
     """With resets amid a sequence and a learned initial state."""
@@ -588,11 +614,11 @@ def test_draws_have_one_source(monkeypatch):
     agent, batch = make_agent(discrete=True), make_batch(discrete=True)
     dynamics, leaves = agent.world_model.dynamics, []
     post, prior = agent.world_model.loss(batch)[1][1:3]
-    states, _, action, policy = agent.actor_critic.imagine(
-        dynamics, post.map(lambda x: x.detach().flatten(0, 1)), leaves
-    )
+    logits, feat, action, policy = agent.actor_critic.imagine(dynamics, post.detach().flatten(), leaves)
     carry = agent.policy({key: value[:, 0].numpy() for key, value in batch.items() if key != "reward"}, None)[1]
-    for state in (post, prior, *states, carry.state):
+    stoch, _ = feat.tensor_split([dynamics.stoch_size], -1)
+    imagined = networks.State(feat, stoch.unflatten(-1, dynamics.stoch_shape), torch.stack(logits))
+    for state in (post, prior, imagined, carry.state):
         assert torch.equal(state.stoch.argmax(-1), dynamics.dist(state.logit).probs.argmin(-1))
     for taken in (action, torch.stack([action for action, _ in leaves])):
         assert torch.equal(taken.argmax(-1), policy.probs.argmin(-1))
