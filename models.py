@@ -597,7 +597,9 @@ class ActorCritic(nn.Module):
         Into a list `leaves` go (action, draw) of each step, and no gradient leads from an action to the actor.
         """
         states, feats, actions, outputs, at_once = [start], [], [], [], leaves is not None
-        by_hand = at_once and self.imag_sample and dynamics.default_structure
+        # On a CPU what it keeps of many large states would leave the cache, and cost more than it saves.
+        fits = start.deter.device.type != "cpu" or start.deter.numel() <= 2**17
+        by_hand = at_once and self.imag_sample and dynamics.default_structure and fits
         layers = dynamics.recorded_layers(self.imag_horizon - 1, len(start.deter)) if by_hand else None
         with self.actor.record() if at_once else contextlib.nullcontext() as recorded:
             for k in range(self.imag_horizon):

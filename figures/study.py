@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         parts = {row["part"] for row in all_values}
         if "control" in parts:
             metrics = "eval/unseen/return", "eval/return"
-            draw_curves(all_values, "control", metrics, "return (unseen clips)", out / "study_control.png")
+            draw_curves(all_values, "control", metrics, "return (video: unseen clips)", out / "study_control.png")
         if any(row["part"] == "representation" for row in all_measures):
             draw_bars(all_measures, "representation", out / "study_representation.png")
         print("\n".join(lines))
