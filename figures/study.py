@@ -260,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
         if "control" in parts:
             metrics = "eval/unseen/return", "eval/return"
             draw_curves(all_values, "control", metrics, "return (video: unseen clips)", out / "study_control.png")
+        if "upstream" in parts:
+            draw_curves(all_values, "upstream", ("eval/return",), "return", out / "study_upstream.png")
         if any(row["part"] == "representation" for row in all_measures):
             draw_bars(all_measures, "representation", out / "study_representation.png")
         print("\n".join(lines))

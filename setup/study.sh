@@ -5,11 +5,13 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: setup/study.sh --out DIR [--clips GLOB] [--seeds 0,1,2] [--tasks A,B] [--methods X,Y] [--jobs N] [--status] [PART ...]
+usage: setup/study.sh --out DIR [--clips GLOB] [--seeds 0,1,2] [--tasks A,B] [--methods X,Y] [--jobs N]
+                      [--upstream CHECKOUT] [--status] [PART ...]
 
   data            agents that see vectors play with video behind the robot; their replay is what world models learn from
   representation  world models alone learn from these pictures, with every method
   control         agents learn from pictures alone, with video and without
+  upstream        our program and upstream's own one with equal settings (needs --upstream)
   masks           HRSSM with other shares and other kinds of masks
   sparse          sparse rewards, with Plan2Explore and with smoothed rewards
   offline         world models alone learn from logged episodes of an expert: autoencoder regimes and dynamics
@@ -20,6 +22,7 @@ usage: setup/study.sh --out DIR [--clips GLOB] [--seeds 0,1,2] [--tasks A,B] [--
   All parts in this order by default; seeds are the outermost loop, so that an unfinished study is balanced.
   --clips   background videos (default: those of video_hard, python setup/download.py dmcgs); a fifth is held out
   --tasks, --methods  only these of a part
+  --upstream  a checkout of github.com/bit1029public/HRSSM; without it this part is left out
   --status  how much of each part is finished, here or in figures/results
 END
 }
@@ -31,18 +34,18 @@ die() {
 
 {
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
-out='' seeds=0,1,2 tasks='' methods='' jobs=1 status='' parts=()
+out='' seeds=0,1,2 tasks='' methods='' jobs=1 upstream='' status='' parts=()
 clips=${HRSSM_ASSETS:-$HOME/.cache/hrssm}/dmcgs/video_hard/*.mp4
-all=(data representation control masks sparse offline breakout measure tables)
+all=(data representation control upstream masks sparse offline breakout measure tables)
 while [ $# -gt 0 ]; do
   case $1 in
   -h | --help) usage && exit ;;
   --status) status=1 && shift && continue ;;
-  --out | --clips | --seeds | --tasks | --methods | --jobs)
+  --out | --clips | --seeds | --tasks | --methods | --jobs | --upstream)
     [ $# -gt 1 ] || die "$1 needs a value"
     printf -v "${1#--}" %s "$2" && shift 2
     ;;
-  data | representation | control | masks | sparse | offline | breakout | measure | tables) parts+=("$1") && shift ;;
+  data | representation | control | upstream | masks | sparse | offline | breakout | measure | tables) parts+=("$1") && shift ;;
   *) die "unknown argument $1: see setup/study.sh --help" ;;
   esac
 done
@@ -63,6 +66,7 @@ all_tasks_of() {
   control)
     echo dmc_walker_stand_video,dmc_walker_stand,dmc_cartpole_balance_video,dmc_cartpole_balance,dmc_finger_spin_video,dmc_finger_spin
     ;;
+  upstream) echo dmc_cartpole_balance ;;
   masks) echo dmc_walker_stand_video ;;
   sparse) echo dmc_ball_in_cup_catch ;;
   offline) echo gym_HalfCheetah-v5 ;;
@@ -74,6 +78,7 @@ all_methods_of() {
   data) echo full ;;
   representation) echo "hrssm,dreamer,rssm,neither,nomlr,nosimsr,$repo,r2dreamer,mask_by=motion,mask_by=reward" ;;
   control) echo hrssm,dreamer,rssm,neither ;;
+  upstream) echo hrssm,upstream ;;
   masks) echo mask_ratio=0.3,mask_ratio=0.7,mask_by=motion,mask_by=reward,mask_by=value ;;
   sparse) echo hrssm,reward_smoothing=gaussian,expl_behavior=plan2explore+expl_extr_scale=1.0 ;;
   offline)
@@ -97,6 +102,9 @@ options_of() {
       "--offline_traindir=$out/data/$2/full/0/replay" "${video[@]}"
     ;;
   control | masks) printf '%s\n' --configs=small --final_episodes=20 "${video[@]}" ;;
+  upstream) # without what upstream's program does not have
+    printf '%s\n' --configs=tiny --steps=32000 --eval_every=4000 --actor_start=0 --overlap=False --shared_env_seed=True
+    ;;
   sparse) printf '%s\n' --configs=small --final_episodes=20 --steps=80000 ;;
   offline)
     printf '%s\n' --configs=offline_tiny --steps=2500 --eval_every=500 "--offline_traindir=$out/data/$2/train" \
@@ -135,6 +143,19 @@ record() {
   done <<<"$played"
 }
 
+# Runs one seed of upstream's own program.
+sweep_upstream() {
+  local task options run
+  [ -n "$(methods_of upstream | grep -x upstream)" ] || return 0
+  for task in $(tasks_of upstream); do
+    mapfile -t options <<<"$(options_of upstream "$task")"
+    run=$out/upstream/$task/upstream/$1
+    [ -e "$run/sweep.done" ] && continue
+    python "$root/tests/upstream/train.py" "$upstream" "${options[@]}" --task "$task" --seed "$1" --logdir "$run"
+    touch "$run/sweep.done"
+  done
+}
+
 # Pictures and errors of the runs of a part that draw: PART OBJECT METHODS.
 compare() {
   local task runs
@@ -148,7 +169,7 @@ compare() {
 # Runs one seed of a part, task by task.
 sweep() {
   local task options chosen
-  chosen=$(methods_of "$1" | paste -sd,)
+  chosen=$(methods_of "$1" | grep -vx upstream | paste -sd,)
   [ -n "$chosen" ] || return 0
   for task in $(tasks_of "$1"); do
     mapfile -t options <<<"$(options_of "$1" "$task")"
@@ -161,7 +182,7 @@ sweep() {
 if [ -n "$status" ]; then
   results=$root/figures/results/study_runs.csv
   printf '%-16s %10s %10s\n' part finished runs
-  for part in "${all[@]:0:7}"; do
+  for part in "${all[@]:0:8}"; do
     finished=0 total=0
     for task in $(tasks_of "$part"); do
       for method in $(methods_of "$part"); do
@@ -185,6 +206,14 @@ for seed in "${all_seeds[@]}"; do
     case $part in
     measure | tables) ;;
     data) sweep data 0 ;;
+    upstream)
+      if [ -n "$upstream" ]; then
+        sweep upstream "$seed"
+        sweep_upstream "$seed"
+      else
+        echo "upstream: left out, --upstream names no checkout" >&2
+      fi
+      ;;
     offline | breakout)
       for task in $(tasks_of "$part"); do record "$task"; done
       sweep "$part" "$seed"

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -140,15 +140,10 @@ def profile(function, calls: int = 5) -> dict[str, float]:
 
 
 def theirs(config, root: Path) -> dict:
-    gym = ModuleType("gym")
-    gym.spaces, gym.Env = gymnasium.spaces, object
-    sys.modules["gym"] = gym
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from upstream.envs import Wrapper
-    from upstream.record import import_upstream
+    from upstream.record import import_program
 
-    gym.Wrapper = Wrapper
-    upstream = import_upstream(root)
+    upstream = import_program(root)
     config.compile = config.video_pred_log = config.parallel = False  # its defaults
     config.size = tuple(config.size)
     times = {}

@@ -34,12 +34,14 @@ import importlib
 import io
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
+import gymnasium
 import numpy as np
 import torch
 from ruamel.yaml import YAML
@@ -48,6 +50,7 @@ if __name__ == "__main__":
     # Without this script's own folder, whose `envs.py` would hide the upstream folder `envs`.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from upstream import formula
+from upstream.envs import Wrapper
 
 RECORDED = Path(__file__).resolve().with_name("recorded")
 BATCH, TIME, BLOCK, UPDATES = 4, 16, 4, 5
@@ -176,6 +179,14 @@ def import_upstream(root):
             sys.modules[name] = mock.MagicMock()
     sys.path.insert(0, str(root))
     return importlib.import_module("dreamer")
+
+
+def import_program(root):
+    """The same with those parts of gym that its training program needs, from gymnasium."""
+    gym = types.ModuleType("gym")
+    gym.spaces, gym.Env, gym.Wrapper = gymnasium.spaces, object, Wrapper
+    sys.modules["gym"] = gym
+    return import_upstream(root)
 
 
 def read_presets(root):
