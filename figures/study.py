@@ -45,6 +45,8 @@ VALUES = ("part", "task", "method", "seed", "step", "metric", "value")
 MEASURES = ("part", "task", "method", "seed", "clips", "measure", "value")
 NAMES = {"neither": "neither loss", "nomlr": "no latent reconstruction", "nosimsr": "no bisimulation"} | plot.METHODS
 SHOWN = {"denoising_factor": 0.0, "probe_r2": -0.2, "reward_r2": -1.0}  # in bars, drawn down to these values
+# Metrics of a picture that needs no model are the column of a method of its own beside what models reach.
+BASELINES = {"copy": "last picture seen", "mean": "mean picture"}
 BASE = "hrssm"  # the method that others are compared with
 BASES = {"offline": "autoencoder=internal", "breakout": "decoder_scale=1"}  # the same in these parts
 
@@ -128,6 +130,7 @@ def shown(values: Iterable[float], digits: int) -> str:
 def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> list[str]:
     """Markdown of measure -> method -> seed -> value: means, and differences to method `base` paired by seed."""
     methods = plot.unique(method for measure in results.values() for method in measure)
+    methods.sort(key=lambda method: method in BASELINES.values())
     lines = [f"| | {' | '.join(NAMES.get(method, method) for method in methods)} |", "|---" * (len(methods) + 1) + "|"]
     for measure, by_method in results.items():
         digits = 1 if "return" in measure else 4 if "mse" in measure else 2
@@ -137,7 +140,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> list[st
         for method in methods:
             both = own.keys() & by_method.get(method, {}).keys() if method != base else ()
             paired.append(shown((own[s] - by_method[method][s] for s in sorted(both)), digits) if both else "")
-        if any(float(cell.split()[0]) for cell in paired if cell):  # not baselines, which are the same for all
+        if any(paired):
             lines.append(f"| {NAMES.get(base, base)} minus this | {' | '.join(paired)} |")
     seeds = {len(by_seed) for measure in results.values() for by_seed in measure.values()}
     return [*lines, "", f"Seeds: {min(seeds)}" + (f" to {max(seeds)}." if max(seeds) > min(seeds) else ".")]
@@ -158,8 +161,12 @@ def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str
                 continue
             step = max(common)
             unit = "updates" if part in ("representation", *BASES) else "frames"
+            baseline = re.fullmatch("offline/(copy|mean)_(mse)?(.*)", metric)
+            if baseline:
+                metric = f"offline/{'open_' if baseline[2] else ''}{baseline[2] or ''}{baseline[3]}"
             by_method = by_metric.setdefault(f"{metric} at {step:,} {unit}", {})
             for (method, seed), run in runs.items():
+                method = BASELINES[baseline[1]] if baseline else method
                 by_method.setdefault(method, {})[seed] = run[step]
     for row in measures:
         where = {"": "", "clean": ", clean"}.get(row["clips"], f", {row['clips']} clips")

@@ -150,7 +150,8 @@ sweep_upstream() {
   for task in $(tasks_of upstream); do
     mapfile -t options <<<"$(options_of upstream "$task")"
     run=$out/upstream/$task/upstream/$1
-    [ -e "$run/sweep.done" ] && continue
+    [ ! -e "$run/sweep.done" ] || continue
+    mkdir -p "$run"
     python "$root/tests/upstream/train.py" "$upstream" "${options[@]}" --task "$task" --seed "$1" --logdir "$run"
     touch "$run/sweep.done"
   done

@@ -82,6 +82,26 @@ def test_a_part_on_logged_episodes_records_them_first(checkout, tmp_path):
     assert len(runs) == 12 and {(c.actor_dist, c.seed, c.offline_object) for c in runs} == {("onehot", 3, "ball:5")}
 
 
+def test_upstream_gets_the_options_of_our_runs(checkout, tmp_path):
+    """An evaluation at the same frames of both, and no option of ours that upstream's program could not follow."""
+    (tmp_path / "tests/upstream").mkdir(parents=True)
+    (tmp_path / "tests/upstream/train.py").write_text(RECORD.format(path=str(tmp_path / "theirs.jsonl")))
+    without = checkout("--seeds 3 upstream")
+    assert without.returncode == 0 and "--upstream" in without.stderr and not (tmp_path / "calls.jsonl").exists()
+    for _ in range(2):  # the second time everything is done
+        done = checkout(f"--seeds 3,4 --upstream {tmp_path / 'original'} upstream")
+        assert done.returncode == 0, done.stderr
+    texts = [(tmp_path / f"{name}.jsonl").read_text() for name in ("calls", "theirs")]
+    calls = [json.loads(line) for text in texts for line in text.splitlines()]
+    assert [call.pop(0) for call in calls[2:]] == [str(tmp_path / "original")] * 2
+    ours, *others = (vars(tools.load_config(call)) for call in calls)
+    for config in others:
+        assert {key for key in ours if config[key] != ours[key]} <= {"seed", "logdir"}
+    assert [call[-1].split("/")[-2:] for call in calls] == [[m, s] for m in ("hrssm", "upstream") for s in "34"]
+    assert ours["shared_env_seed"] and not ours["overlap"] and ours["actor_start"] == ours["imag_starts"] == 0
+    assert (ours["steps"] - ours["prefill"] * ours["action_repeat"]) % ours["eval_every"] == 0
+
+
 def test_status_counts_runs_here_and_in_the_committed_table(checkout, tmp_path):
     assert counts(checkout("--status --seeds 0,1"))["control"] == ["0", "48"]
     (tmp_path / "figures/results").mkdir(parents=True)
@@ -154,6 +174,25 @@ def test_robustness_of_runs_is_taken_over(runs, capsys):
     text = capsys.readouterr().out
     assert "denoising factor, unseen clips | 0.25 | 0.50 | 0.10 |" in text
     assert "| HRSSM minus this | 0.25 |  | 0.40 |" in text
+
+
+def test_baselines_of_pictures_are_columns_beside_the_models():
+    """Each metric next to the same one of a method that needs no model, differences paired by seed included."""
+    names = {"open_mse": 1.0, "copy_mse": 3.0, "open_mse_5": 2.0, "mean_mse_5": 2.5, "moving_mse": 1.5,
+             "copy_moving_mse": 4.5, "reward_r2": 0.5}  # fmt: skip
+    values = [
+        {"part": "offline", "task": "a", "method": study.BASES["offline"], "seed": str(seed), "step": "10",
+         "metric": f"offline/{name}", "value": str(value + seed)}
+        for seed in range(2) for name, value in names.items()
+    ]  # fmt: skip
+    results = study.last_values(values, [])["offline", "a"]
+    assert list(results) == [
+        f"offline/{n} at 10 updates" for n in ("open_mse", "open_mse_5", "moving_mse", "reward_r2")
+    ]
+    text = "\n".join(study.table(results, study.BASES["offline"]))
+    assert "| | autoencoder=internal | last picture seen | mean picture |" in text
+    assert "| autoencoder=internal minus this |  | -2.0000 [-2.0000, -2.0000] |  |" in text
+    assert "| offline/open_mse_5 at 10 updates | 2.5000 [2.0000, 3.0000] |  | 3.0000 [2.5000, 3.5000] |" in text
 
 
 def test_nothing_to_tabulate(tmp_path, capsys):
