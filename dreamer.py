@@ -1382,14 +1382,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def warn_idle_options(method: str, argv: list[str], decodes: bool = False, dynamics: str = "rssm") -> None:
-    """Warn of flags that only other methods or dynamics read; with `decodes` there is a decoder beside the method."""
+def warn_idle_options(method: str, argv: list[str], autoencoder: str = "none", dynamics: str = "rssm") -> None:
+    """Warn of flags that only other methods, autoencoders or dynamics read."""
     read = {
         name: {key for part in parts for key in inspect.signature(part).parameters} for name, parts in METHODS.items()
     }
     idle = set().union(*read.values()) - read[method] - {"task", "decoder", "nomlr", "nosimsr"}
-    idle -= {"decoder_scale", "motion_weight"} if decodes else set()
+    idle -= {"decoder_scale", "motion_weight"} if autoencoder != "none" else set()
     for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
+        if option == "motion_weight" and autoencoder == "external":
+            tools.warn("--motion_weight has no effect with --autoencoder external: its loss compares codes")
         if option in idle:
             tools.warn(f"--{option} has no effect with --method {method}")
         if option in ("dyn_cell", "dyn_temp_post") if dynamics == "tssm" else option.startswith("tssm_"):
@@ -1481,7 +1483,7 @@ def main(argv: list[str] | None = None) -> int:
         config = tools.load_config(argv)
         if config.eval_only:
             use_trained_task(config)
-        warn_idle_options(config.method, argv, config.autoencoder != "none", config.dynamics)
+        warn_idle_options(config.method, argv, config.autoencoder, config.dynamics)
         device = prepare(config)
         if config.record:
             return record(config, device)

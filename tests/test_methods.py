@@ -227,7 +227,12 @@ def test_flags_of_other_methods_are_named(capsys):
         "warning: --dyn_scale has no effect with --method repo",
     ]
     dreamer.warn_idle_options("hrssm", ["--mask_ratio", "0.3", "--configs", "tiny"])
+    weights = ["--decoder_scale=10", "--motion_weight", "50"]
+    dreamer.warn_idle_options("rssm", weights, "internal")
     assert not capsys.readouterr().err
+    for autoencoder, idle in (("external", 1), ("none", 2)):
+        dreamer.warn_idle_options("rssm", weights, autoencoder)
+        assert capsys.readouterr().err.count(" has no effect ") == idle
 
 
 @pytest.mark.parametrize(
