@@ -564,8 +564,9 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
         text for key, text in changes.items() if key == "eval_task" or not tools.read_options()[0][key].may_change
     ]:
         print(f"Evaluates with other options than those of the run: {'; '.join(shown)}.", flush=True)
-    agent, results = None, []
-    for evaluated in evaluations(config).values():
+    agent, results, films, episodes = None, {}, {}, config.eval_episode_num
+    for name, evaluated in evaluations(config).items():
+        finished: list[tuple] = []
         vec = make_eval_envs(config, evaluated)
         try:
             if agent is None:
@@ -575,42 +576,32 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
                         load_agent(agent, checkpoint["agent"])
                 else:
                     load_weights(agent, config.init_from)
-            metrics, frames = evaluate(agent, vec, config.eval_episode_num)
+            _, frames = evaluate(agent, vec, episodes, finished=finished)
         finally:
             vec.close()
-        low, high = interval(metrics)
-        results.append(
-            {"task": " ".join(filter(None, evaluated))} | metrics | {"low": low, "high": high, "frames": frames}
-        )
-    width = max(len(row["task"]) for row in results)
+        label = " ".join(filter(None, evaluated))
+        films |= {} if frames is None or config.simple_log else {re.sub(r"[^\w-]", "_", label): frames}
+        results[f"eval/{name}" if name else "eval"] = describe_evaluation(config, evaluated, finished[:episodes])
+    labels = [" ".join(filter(None, evaluated)) for evaluated in evaluations(config).values()]
+    width = max(map(len, labels))
     print(f"{'task':{width}}  episodes   return      std  95% interval       success  length")
-    for row in results:
-        spread = "{return:7.1f}  {return_std:7.1f}  {low:7.1f} {high:7.1f}".format(**row)
-        print(f"{row['task']:{width}}  {row['episodes']:8.0f}  {spread}  {row['success']:12.2f}  {row['length']:6.0f}")
+    for label, row in zip(labels, results.values(), strict=True):
+        low, high = row["mean_interval"] or (math.nan, math.nan)
+        spread = f"{row['mean']:7.1f}  {row['std']:7.1f}  {low:7.1f} {high:7.1f}"
+        length = np.mean(row["lengths"])
+        print(f"{label:{width}}  {episodes:8}  {spread}  {row['success']:12.2f}  {length:6.0f}")
+    step = checkpoint["count"]["policy_step"] * config.action_repeat if checkpoint else 0
+    paths = [logdir / "eval_only.json", *(logdir / "video" / f"eval_only_{name}_{step}.mp4" for name in films)]
     with tools.writing(logdir):
-        step = checkpoint["count"]["policy_step"] * config.action_repeat if checkpoint else 0
-        save_evaluation(logdir, step, config, results)
+        about = {"weights": config.init_from or str(logdir / "latest.pt"), "options": vars(config)}
+        write_evaluations(paths[0], config, step, episodes, results, **about)
+        for path, frames in zip(paths[1:], films.values(), strict=True):
+            path.parent.mkdir(exist_ok=True)
+            tools.save_mp4(path, frames, 30)
+    print("Written:", *paths)
     if config.final_episodes:
         final_evaluation(agent, config, logdir, step)
     return 0
-
-
-def save_evaluation(logdir: Path, step: int, config, results: list[dict]) -> None:
-    """logdir/eval_only.json, and the frames of each of `results` in logdir/video; says where they are."""
-    paths = [logdir / "eval_only.json"]
-    logdir.mkdir(parents=True, exist_ok=True)
-    for row in results:
-        frames = row.pop("frames")
-        if frames is not None and not config.simple_log:
-            name = re.sub(r"[^\w-]", "_", row["task"])
-            paths.append(logdir / "video" / f"eval_only_{name}_{step}.mp4")
-            paths[-1].parent.mkdir(exist_ok=True)
-            tools.save_mp4(paths[-1], frames, 30)
-    rows = [{key: tools.finite_or_none(value) for key, value in row.items()} for row in results]
-    content = {"step": step, "weights": config.init_from or str(logdir / "latest.pt"), "results": rows}
-    content |= {"options": vars(config), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    tools.write_atomic(paths[0], lambda file: file.write(json.dumps(content, indent=2).encode()))
-    print("Written:", *paths)
 
 
 class Player:
@@ -709,33 +700,46 @@ def final_evaluation(
             vec.close()
         if stopped():
             return
-        returns, lengths, successes = np.array(finished[: config.final_episodes], np.float64).T
-        options = env_options(config) | {"unseen": evaluated.clips == "unseen"}
-        results[f"eval/{name}" if name else "eval"] = {
-            "task": evaluated.task,
-            "clips": {"held_out": options["unseen"], "names": envs.clip_names(evaluated.task, **options)},
-            **summarise(returns),
-            "success": successes.mean(),
-            "returns": returns.tolist(),
-            "lengths": lengths.tolist(),
-        }
-    about = {"task": config.task, "method": config.method, "seed": config.seed, "step": step}
-    about |= {"episodes": config.final_episodes, "config_hash": tools.config_hash(config), **tools.provenance(config)}
+        kept = finished[: config.final_episodes]
+        results[f"eval/{name}" if name else "eval"] = describe_evaluation(config, evaluated, kept)
     path = logdir / "final_eval.json"
     with tools.writing(logdir):
-        logdir.mkdir(parents=True, exist_ok=True)
-        tools.write_atomic(
-            path, lambda file: file.write(json.dumps(about | {"evaluations": results}, indent=2).encode())
-        )
+        write_evaluations(path, config, step, config.final_episodes, results)
     print(f"Final evaluation: {path}", flush=True)
 
 
+def describe_evaluation(config, evaluated: Evaluated, finished: list[tuple]) -> dict:
+    """What was evaluated, and the results of all episodes, from their (return, length, success)."""
+    returns, lengths, successes = np.array(finished, np.float64).T
+    options = env_options(config) | {"unseen": evaluated.clips == "unseen"}
+    return {
+        "task": evaluated.task,
+        "clips": {"held_out": options["unseen"], "names": envs.clip_names(evaluated.task, **options)},
+        **summarise(returns),
+        "success": successes.mean(),
+        "returns": returns.tolist(),
+        "lengths": lengths.tolist(),
+    }
+
+
+def write_evaluations(path: Path, config, step: int, episodes: int, evaluations: dict[str, dict], **more) -> None:
+    """A JSON file of results of `describe_evaluation` by name, and what made them."""
+    about = {"task": config.task, "method": config.method, "seed": config.seed, "step": step, "episodes": episodes}
+    about |= {"config_hash": tools.config_hash(config), **tools.provenance(config), **more}
+    text = json.dumps(about | {"evaluations": evaluations}, indent=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tools.write_atomic(path, lambda file: file.write(text.encode()))
+
+
 def summarise(returns: np.ndarray) -> dict:
-    """Mean, deviation and interquartile mean of returns (n,); 95% intervals from a bootstrap over the episodes."""
+    """Mean, deviation and interquartile mean of returns (n,); 95% intervals from a bootstrap over the episodes.
+
+    A single episode has none: its intervals are None.
+    """
     drawn = np.random.default_rng(0).choice(returns, (2000, len(returns)))
 
-    def interval(values: np.ndarray) -> list[float]:
-        return np.percentile(values, [2.5, 97.5]).tolist()
+    def interval(values: np.ndarray) -> list[float] | None:
+        return np.percentile(values, [2.5, 97.5]).tolist() if len(returns) > 1 else None
 
     return {
         "mean": returns.mean(),
@@ -744,15 +748,6 @@ def summarise(returns: np.ndarray) -> dict:
         "iqm": stats.trim_mean(returns, 0.25),
         "iqm_interval": interval(stats.trim_mean(drawn, 0.25, axis=1)),
     }
-
-
-def interval(metrics: dict[str, float]) -> tuple[float, float]:
-    """95% confidence interval of the mean return: Student's t over episodes; NaN for a single episode."""
-    n, mean = metrics["episodes"], metrics["return"]
-    if n < 2:
-        return math.nan, math.nan
-    half = stats.t.ppf(0.975, n - 1) * metrics["return_std"] / math.sqrt(n - 1)
-    return mean - half, mean + half
 
 
 # --- learning -------------------------------------------------------------------------------------------------------

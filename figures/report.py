@@ -17,6 +17,7 @@ import csv
 import html
 import io
 import json
+import math
 import time
 from collections.abc import Sequence
 
@@ -95,7 +96,8 @@ def final_evaluations(runs: Sequence[plot.Run]) -> str:
         found = tools.read_final_evaluation(run.logdir) or {"evaluations": {}}
         for name, result in found["evaluations"].items():
             where = f"{name} (held-out clips)" if result["clips"]["held_out"] else name
-            numbers = [result["mean"], *result["mean_interval"], result["std"], result["iqm"], *result["iqm_interval"]]
+            mean, iqm = (result[f"{key}_interval"] or (math.nan, math.nan) for key in ("mean", "iqm"))
+            numbers = [result["mean"], *mean, result["std"], result["iqm"], *iqm]
             label = (run.task, run.method, str(run.seed), where)
             rows.append((*label, len(result["returns"]), *numbers, f"{found['config_hash']} {found['step']:,}"))
     intervals = ["mean", "95% low", "95% high", "std", "IQM", "95% low", "95% high"]

@@ -223,6 +223,8 @@ def test_summary_of_returns():
     assert summary["iqm"] == 35 and summary["mean"] == pytest.approx(151.25)
     equal = dreamer.summarise(np.full(10, 7.0))
     assert (equal["mean"], equal["mean_interval"], equal["iqm_interval"]) == (7, [7, 7], [7, 7])
+    single = dreamer.summarise(np.array([7.0]))
+    assert (single["mean"], single["mean_interval"], single["iqm_interval"]) == (7, None, None)
 
 
 def test_plot_and_report_read_it(finished, tmp_path):
