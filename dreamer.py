@@ -1331,7 +1331,7 @@ def measure_offline(agent: Agent, logged: exploration.Logged, config) -> tuple[d
     metrics, curves = models.summarise_windows(found)
     if state:
         numbers = list(logged.replay.episodes)
-        chosen = np.linspace(0, len(numbers) - 1, min(16, len(numbers))).astype(int)
+        chosen = np.linspace(0, len(numbers) - 1, min(32, len(numbers))).astype(int)
         rows = [logged.replay.rows(numbers[i]) for i in chosen]
         part = models.object_rule(config.offline_object) if config.offline_object else None
         train = models.measure_windows(agent.world_model, None, rows, state=state, part=part)

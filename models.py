@@ -1045,18 +1045,22 @@ def summarise_windows(found: dict[str, np.ndarray]) -> tuple[dict[str, float], d
     return metrics, curves
 
 
-def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray], penalty: float = 1.0) -> dict[str, float]:
+def readout_r2(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> dict[str, float]:
     """R^2 of a linear readout of `state` (N,HORIZON,S) from features (N,HORIZON,F), on `test`.
 
     "h" at each of HORIZONS from `feat` in imagination, by one regression on all rows of `train`; "0" from `closed_feat`
-    of the filter. Standardised ridge regression; R^2 over the standardised entries together, and of a vector of two or
-    three entries, which is a place, also of each entry i by itself, "h_i".
+    of the filter. Ridge regression on standardised features, with the penalty by which every other episode of `train`
+    (`episode` (N,)) is predicted best from the rest. R^2 over the standardised entries together, and of a vector of two
+    or three entries, which is a place, also of each entry i by itself, "h_i".
     """
     state, found = torch.from_numpy(test["state"]).double(), {}
     for name, horizons in (("closed_feat", (0,)), ("feat", HORIZONS)):
         known = torch.from_numpy(np.isfinite(train[name]).all(-1) & np.isfinite(train["state"]).all(-1))
         x, y = (torch.from_numpy(train[key]).double()[known] for key in (name, "state"))
-        (predicted,) = ridge(x, standardise(y, y), torch.from_numpy(test[name]).double(), [penalty / len(x)])
+        number = torch.from_numpy(train["episode"])[:, None].expand_as(known)[known].unique(return_inverse=True)[1]
+        target, other = standardise(y, y), number % 2 == 1
+        penalty = best_penalty(x[~other], target[~other], x[other], target[other])
+        (predicted,) = ridge(x, target, torch.from_numpy(test[name]).double(), [penalty])
         for h in horizons:
             rows = slice(h - 1, h) if h else slice(None)
             truth, guess = standardise(state, y)[:, rows], predicted[:, rows]
@@ -1294,9 +1298,7 @@ def probe_r2(latent: Tensor, state: Tensor, weights: Tensor) -> Tensor:
         held_out = number % min(FOLDS, episodes) == fold
         rest = number[~held_out]
         half, other = rest[::2], rest[1::2]
-        tried = ridge(latent[:, half], target[:, half], latent[:, other], PENALTIES)
-        errors = [(guess - target[:, other]).square().mean().item() for guess in tried]
-        best = PENALTIES[errors.index(min(errors))]
+        best = best_penalty(latent[:, half], target[:, half], latent[:, other], target[:, other])
         (predicted[:, held_out],) = ridge(latent[:, rest], target[:, rest], latent[:, held_out], [best])
     return r2(predicted, state, weights)
 
@@ -1315,6 +1317,12 @@ def ridge(x: Tensor, y: Tensor, new: Tensor, penalties: Sequence[float]) -> list
     mean, diagonal = y.mean(0), torch.eye(fitted.shape[-1], dtype=x.dtype)
     gram, cross = fitted.T @ fitted / len(fitted), fitted.T @ (y - mean) / len(fitted)
     return [mean + new @ torch.linalg.solve(gram + penalty * diagonal, cross) for penalty in penalties]
+
+
+def best_penalty(x: Tensor, y: Tensor, new: Tensor, truth: Tensor) -> float:
+    """Of `PENALTIES` the one with which `ridge` predicts `truth` (...,D) from `new` best; the first without rows."""
+    errors = [(guess - truth).square().mean().item() for guess in ridge(x, y, new, PENALTIES)]
+    return PENALTIES[int(np.nanargmin(errors))] if np.isfinite(errors).any() else PENALTIES[0]
 
 
 def fit_probe(probe: Probe, world_model: WorldModel, batches: Iterable[dict[str, Tensor]]) -> float:

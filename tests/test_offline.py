@@ -389,7 +389,9 @@ def test_readout_finds_what_is_linear_and_nothing_in_noise():
     rng = np.random.default_rng(0)
     feat, weight = rng.normal(size=(2, 20, 90, 6)), rng.normal(size=(6, 3))
     # The filter's features hold the first entry of the state alone.
-    split = [{"feat": x, "closed_feat": x @ weight[:, :1], "state": x @ weight + 5.0} for x in feat]
+    split = [
+        {"feat": x, "closed_feat": x @ weight[:, :1], "state": x @ weight + 5.0, "episode": np.arange(20)} for x in feat
+    ]
     split[0]["state"][:3, 50:] = np.nan
     split[1]["state"][0, 3] = np.nan
     found = models.readout_r2(*split)
@@ -401,6 +403,13 @@ def test_readout_finds_what_is_linear_and_nothing_in_noise():
     assert np.isclose(closed, (np.corrcoef(known.T)[0] ** 2).mean(), atol=0.05)
     noise = models.readout_r2(split[0], split[1] | {"state": rng.normal(size=(20, 90, 3))})
     assert all(value < 0.1 for value in noise.values())
+    # As many features as rows, of which one says something, and noise in the state: the penalty is not the smallest.
+    feat = rng.normal(size=(2, 4, 90, 300))
+    wide = [
+        {"feat": x, "closed_feat": x, "state": x[..., :1] + 0.5 * rng.normal(size=(4, 90, 1)), "episode": np.arange(4)}
+        for x in feat
+    ]
+    assert models.readout_r2(*wide)["0"] > 0.4
 
 
 # --- training -------------------------------------------------------------------------------------------------------
