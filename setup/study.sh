@@ -170,7 +170,7 @@ compare() {
 # Runs one seed of a part, task by task.
 sweep() {
   local task options chosen
-  chosen=$(methods_of "$1" | grep -vx upstream | paste -sd,)
+  chosen=$(methods_of "$1" | sed '/^upstream$/d' | paste -sd,)
   [ -n "$chosen" ] || return 0
   for task in $(tasks_of "$1"); do
     mapfile -t options <<<"$(options_of "$1" "$task")"

@@ -68,11 +68,18 @@ class Log:
 
 
 def main(argv: list[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        sys.exit("usage: python tests/upstream/train.py CHECKOUT [options of dreamer.py]")
     root = Path(argv[0]).resolve()
-    config = tools.load_config(argv[1:])
-    logdir = Path(config.logdir).resolve()
-    (logdir / "config.json").unlink(missing_ok=True)
-    tools.save_config(config, logdir, argv)
+    try:
+        config = tools.load_config(argv[1:])
+        if not config.logdir:
+            raise tools.UserError("--logdir is missing")
+        logdir = Path(config.logdir).resolve()
+        (logdir / "config.json").unlink(missing_ok=True)
+        tools.save_config(config, logdir, argv)
+    except tools.UserError as error:
+        sys.exit(f"error: {error}")
     device = config.device if config.device != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu"
     settings = vars(config) | {"device": device, "size": tuple(config.size), "logdir": str(logdir / "upstream")}
     settings |= {"compile": False, "parallel": False, "video_pred_log": False, "simple_log": True}
