@@ -30,6 +30,7 @@ OPTIONS = set(tools.flatten(vars(tools.load_config([])))) | {"configs", "help"}
 PRESETS = set(re.findall(r"^(\w+):", (ROOT / "configs.yaml").read_text(), re.MULTILINE)) - {"defaults"}
 OTHER_PROGRAMS = {"sbatch": {"array"}, "tensorboard": {"logdir"}, "torchrun": {"nproc_per_node"}}
 TAKE_OPTIONS = ("dreamer.py", "setup/sweep.sh", "setup/slurm.sh", "tests/bench/bench.py")  # those of dreamer.py
+TAKE_OPTIONS += ("tests/upstream/train.py",)
 
 SHORT = "--steps 40 --prefill 8 --eval_every 40 --time_limit 16 --pretrain 1 --train_ratio 1 --eval_episode_num 1"
 SHORT += " --envs 1 --parallel False --total_frames 10 --dataset_size 1000 --decoder.cnn_depth 4 " + SMALL
@@ -84,7 +85,7 @@ def test_commands_are_found():
         "setup/download.py",
         "tests/test_fidelity.py",
     }
-    expected |= {"tests/bench/bench.py", "tests/bench/soak.py", "tests/upstream/record.py"}
+    expected |= {"tests/bench/bench.py", "tests/bench/soak.py", "tests/upstream/record.py", "tests/upstream/train.py"}
     assert expected <= programs
 
 
@@ -125,7 +126,7 @@ def test_every_example_has_a_folder_of_its_own():
     """Otherwise the second command that a reader tries is refused. What reads runs, reads those of the examples."""
     runs = [words for words in COMMANDS if {"--task", "--tasks"} & {*words} and "--logdir" in words]
     written = [value(words, "--logdir") for words in runs]
-    assert len(written) == len(TRAINING) + 3
+    assert len(written) == len(TRAINING) + 4  # sweeps, and upstream's own program
     assert [(a, b) for a in written for b in written if a is not b and f"{a}/".startswith(f"{b}/")] == []
     read = {word for words in COMMANDS for word in words if word.startswith("./")} - {*written, "./runs", "./study"}
     assert read
