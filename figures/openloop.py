@@ -176,7 +176,8 @@ def draw_comparison(runs: list[Compared], curves: dict[tuple[str, str], np.ndarr
         axis.grid(alpha=0.25)
     axes["mse"].set_ylim(bottom=0)
     handles, labels = axes["mse"].get_legend_handles_labels()
-    below.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    columns = max(1, min(5, 110 // max(map(len, labels))))  # as many as fit beside each other
+    below.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return figure
 
 
