@@ -564,7 +564,7 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
         text for key, text in changes.items() if key == "eval_task" or not tools.read_options()[0][key].may_change
     ]:
         print(f"Evaluates with other options than those of the run: {'; '.join(shown)}.", flush=True)
-    agent, results, films, episodes = None, {}, {}, config.eval_episode_num
+    agent, results, labels, films, episodes = None, {}, [], {}, config.eval_episode_num
     for name, evaluated in evaluations(config).items():
         finished: list[tuple] = []
         vec = make_eval_envs(config, evaluated)
@@ -579,10 +579,9 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
             _, frames = evaluate(agent, vec, episodes, finished=finished)
         finally:
             vec.close()
-        label = " ".join(filter(None, evaluated))
-        films |= {} if frames is None or config.simple_log else {re.sub(r"[^\w-]", "_", label): frames}
+        labels.append(" ".join(filter(None, evaluated)))
+        films |= {} if frames is None or config.simple_log else {re.sub(r"[^\w-]", "_", labels[-1]): frames}
         results[f"eval/{name}" if name else "eval"] = describe_evaluation(config, evaluated, finished[:episodes])
-    labels = [" ".join(filter(None, evaluated)) for evaluated in evaluations(config).values()]
     width = max(map(len, labels))
     print(f"{'task':{width}}  episodes   return      std  95% interval       success  length")
     for label, row in zip(labels, results.values(), strict=True):

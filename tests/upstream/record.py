@@ -170,7 +170,7 @@ ORIGINS = {
 def import_upstream(root):
     """The original's script as a module, imported from the checkout `root`."""
     if not (root / "dreamer.py").is_file() or not (root / "configs.yaml").is_file():
-        sys.exit(f"error: {root} is not a checkout of upstream: pass --upstream the folder that holds its dreamer.py")
+        sys.exit(f"error: {root} is not a checkout of upstream: name the folder that holds its dreamer.py")
     for name in ("kornia.augmentation", "kornia.filters", "imageio", "gym", "numpy.core.shape_base"):
         try:
             importlib.import_module(name)
