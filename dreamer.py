@@ -411,6 +411,7 @@ def env_options(config) -> dict:
         "holdout_clips": config.holdout_clips,
         "eval_resource_files": config.eval_resource_files,
         "distracting_cs_split": config.distracting_cs_split,
+        "shadow_size": config.shadow_size,
         "unseen": False,
         "clean_image": config.video_pred_log,
     }

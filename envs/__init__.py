@@ -71,6 +71,7 @@ def prepare(
     holdout_clips: float = 0.0,
     eval_resource_files: str = "",
     distracting_cs_split: bool = False,
+    shadow_size: int = 2048,
     unseen: bool = False,
     clean_image: bool = False,
 ) -> Callable[[], gymnasium.Env]:
@@ -94,6 +95,7 @@ def prepare(
         holdout_clips: share of the clips of `_video`, `_video_easy` and `_video_hard` tasks that only evaluation shows.
         eval_resource_files: glob or folder of the clips of a `_video` task that only evaluation shows, instead.
         distracting_cs_split: evaluation of `distracting_cs` shows DAVIS' validation clips too. (Read by `has_unseen`.)
+        shadow_size: width and height of MuJoCo's map of shadows in the control suite, whose own value is 2048.
         unseen: show the clips that only evaluation shows, not those of training.
         clean_image: for distracted control-suite tasks, also observe `clean_image`, the frame without distraction,
             rendered by a second simulator that plays the same actions.
@@ -122,6 +124,7 @@ def prepare(
         scene_files=scene_files,
         holdout_clips=holdout_clips,
         eval_resource_files=eval_resource_files,
+        shadow_size=shadow_size,
         unseen=unseen,
     )
     twin = family(parsed._replace(variant="")) if clean_image and parsed.suite == "dmc" and parsed.variant else None

@@ -83,6 +83,7 @@ def prepare(
     distracting_cs_dynamic: bool,
     holdout_clips: float,
     eval_resource_files: str,
+    shadow_size: int,
     unseen: bool,
     **_,
 ) -> Callable[[], gymnasium.Env]:
@@ -136,6 +137,7 @@ def prepare(
         size=size,
         camera=camera,
         action_repeat=action_repeat,
+        shadow_size=shadow_size,
         task_seed=own_task_seed if task_seed is None else task_seed,
         edits=edits,
         distraction=distraction,
@@ -205,6 +207,7 @@ class ControlSuite(gymnasium.Env):
         size: tuple[int, int] = (64, 64),
         camera: int = 0,
         action_repeat: int = 1,
+        shadow_size: int = 2048,
         task_seed: int = 0,
         edits: Edits | None = None,
         distraction: Distraction | None = None,
@@ -218,8 +221,9 @@ class ControlSuite(gymnasium.Env):
         physics, self._random = self._env.physics, self._env.task.random
         # A persistent camera with an offscreen buffer of the image size (set before the GL context is created) gives
         # the same pixels as `physics.render` in less time.
-        visual = physics.model.vis.global_
-        visual.offheight, visual.offwidth = size
+        visual = physics.model.vis
+        visual.global_.offheight, visual.global_.offwidth = size
+        visual.quality.shadowsize = shadow_size
         self._camera = engine.Camera(physics, *size, camera_id=camera)
         self._free = weakref.finalize(
             self, physics.free

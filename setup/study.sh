@@ -103,7 +103,8 @@ options_of() {
     ;;
   control | masks) printf '%s\n' --configs=small --final_episodes=20 "${video[@]}" ;;
   upstream) # without what upstream's program does not have
-    printf '%s\n' --configs=tiny --steps=24000 --eval_every=4000 --actor_start=0 --overlap=False --shared_env_seed=True
+    printf '%s\n' --configs=tiny --steps=24000 --eval_every=4000 --actor_start=0 --overlap=False --shared_env_seed=True \
+      --shadow_size=2048
     ;;
   sparse) printf '%s\n' --configs=small --final_episodes=20 --steps=80000 ;;
   offline)

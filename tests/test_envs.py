@@ -259,6 +259,19 @@ def test_fast_rendering_equals_physics_render(task, camera):
     plain.physics.free()
 
 
+def test_smaller_map_of_shadows_changes_few_pixels():
+    def render(**options):
+        env = envs.make("dmc_walker_stand", task_seed=5, size=SIZE, **options)
+        env.reset()
+        pictures = [env.step(np.ones(6, np.float32))[0]["image"].astype(int) for _ in range(10)]
+        env.close()
+        return np.stack(pictures)
+
+    changed = np.abs(render(shadow_size=512) - render()).max(-1) > 8
+    assert 0 < changed.mean() < 0.003, "that shadows have another resolution, and only that, must be seen"
+    assert np.mean(np.abs(render(shadow_size=0) - render()).max(-1) > 8) > 0.05, "no shadows at all"
+
+
 def test_returned_images_are_not_overwritten():
     env = envs.make("dmc_walker_stand")
     image = env.reset()[0]["image"]

@@ -218,7 +218,8 @@ def bench_methods(args) -> None:
 
 def bench_loop(args) -> None:
     # The same settings for both. Learning begins after two episodes; nothing is evaluated.
-    options = ["--configs", args.preset, "--task", "dmc_walker_stand", *args.options]
+    # upstream's pictures
+    options = ["--configs", args.preset, "--task", "dmc_walker_stand", "--shadow_size", "2048", *args.options]
     config, turn = tools.load_config(options), 20
     settings = device_settings(options) | {
         "part": "loop",

@@ -7,7 +7,7 @@ process. Ours are the command line and the log, and the end: after the evaluatio
 one more interval. An interrupted run starts again.
 
 Options that upstream does not have are ignored. For equal settings give our run `--shared_env_seed True --overlap False
---actor_start 0 --imag_starts 0`.
+--actor_start 0 --imag_starts 0 --shadow_size 2048`.
 """
 
 import json
