@@ -6,8 +6,8 @@ A run is STUDY/PART/TASK/METHOD/SEED. Three tables in --out keep what was ever m
 STUDY any more, so a study may be made in pieces and on several machines:
 
 - study_runs.csv: a row per finished run: length, hours, commit, device, command.
-- study_values.csv: a row per finished run, step and metric: evaluation returns; reward R^2, errors of predicted
-  pictures and R^2 of states of world models.
+- study_values.csv: a row per finished run, step and metric: evaluation returns, `final/` those of the final
+  evaluation; reward R^2, errors of predicted pictures and R^2 of states of world models.
 - study_robustness.csv: a row per run, clips and measure, from STUDY/robustness_*.csv of figures/robustness.py.
 
 From these: study.md, a table per part and task of means over seeds with 95% intervals (bootstrap over seeds, 10,000
@@ -44,6 +44,12 @@ RUNS = ("part", "task", "method", "seed", "steps", "hours", "commit", "device", 
 VALUES = ("part", "task", "method", "seed", "step", "metric", "value")
 MEASURES = ("part", "task", "method", "seed", "clips", "measure", "value")
 NAMES = {"neither": "neither loss", "nomlr": "no latent reconstruction", "nosimsr": "no bisimulation"} | plot.METHODS
+# Bars of final evaluations: their name in the legend, and opacity.
+FINALS = {
+    "final/return": ("", 0.9),
+    "final/seen/return": ("clips of training", 0.4),
+    "final/unseen/return": ("unseen clips", 0.9),
+}
 SHOWN = {"denoising_factor": 0.0, "probe_r2": -0.2, "reward_r2": -1.0}  # in bars, drawn down to these values
 # Metrics of a picture that needs no model are the column of a method of its own beside what models reach.
 BASELINES = {"copy": "last picture seen", "mean": "mean picture"}
@@ -88,6 +94,10 @@ def collect(study: Path) -> tuple[list[list], list[list]]:
         own, rows = cell(study, logdir), plot.read_rows(logdir)
         for row in rows:
             values += [[*own, str(row["step"]), key, float(row[key])] for key in row if METRICS.fullmatch(key)]
+        if final := tools.read_final_evaluation(logdir):
+            for name, result in final["evaluations"].items():
+                metric = f"{name.replace('eval', 'final', 1)}/return"
+                values.append([*own, str(final["step"]), metric, float(result["mean"])])
         saved = json.loads((logdir / "config.json").read_text())
         made = saved["runs"][-1]
         hours = max(row.get("time", 0.0) for row in rows) / 3600
@@ -178,11 +188,16 @@ def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str
 
 
 def draw_curves(values: list[dict], part: str, metrics: tuple[str, ...], label: str, path: Path) -> None:
-    """A panel per task: the mean over seeds of the first of `metrics` that its runs have, and every seed, faint."""
+    """A panel per task: the mean over seeds of the first of `metrics` that its runs have, and every seed, faint.
+
+    Below it bars of final evaluations, if there are any.
+    """
     rows = [row for row in values if row["part"] == part and row["metric"] in metrics]
+    finals = [row for row in values if row["part"] == part and row["metric"] in FINALS]
     tasks, methods = plot.unique(row["task"] for row in rows), plot.unique(row["method"] for row in rows)
+    lines = 1 + bool(finals)
     figure, axes = plt.subplots(
-        1, len(tasks), squeeze=False, figsize=(3.4 * len(tasks), 3.2), layout="constrained", sharey=True
+        lines, len(tasks), squeeze=False, figsize=(3.4 * len(tasks), 3.1 * lines), layout="constrained", sharey=True
     )
     for axis, task in zip(axes[0], tasks, strict=True):
         own = [row for row in rows if row["task"] == task]
@@ -206,8 +221,38 @@ def draw_curves(values: list[dict], part: str, metrics: tuple[str, ...], label: 
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, frameon=False)
     axes[0, 0].set_ylabel(label)
+    if finals:
+        axes[1, 0].set_ylabel("return of the final evaluation")
+        for axis, task in zip(axes[1], tasks, strict=True):
+            draw_finals(axis, [row for row in finals if row["task"] == task], methods)
     figure.savefig(path, dpi=200)
     plt.close(figure)
+
+
+def draw_finals(axis, rows: list[dict], methods: list[str]) -> None:
+    """A bar per method and kind of clips, with a dot per seed and the 95% interval over seeds."""
+    kinds = [kind for kind in FINALS if any(row["metric"] == kind for row in rows)]
+    shown_methods = [method for method in methods if any(row["method"] == method for row in rows)]
+    width = 0.8 / max(1, len(kinds))
+    for k, kind in enumerate(kinds):
+        label, opacity = FINALS[kind]
+        for at, method in enumerate(shown_methods):
+            own = [float(row["value"]) for row in rows if (row["metric"], row["method"]) == (kind, method)]
+            if not own:
+                continue
+            x, (mean, low, high) = at + (k - (len(kinds) - 1) / 2) * width, bootstrap(np.array(own))
+            axis.bar(x, mean, 0.9 * width, color=plot.COLORS[methods.index(method) % len(plot.COLORS)], alpha=opacity)
+            axis.plot([x] * len(own), own, "o", color="black", ms=3)
+            if not np.isnan(low):
+                axis.errorbar(x, mean, [[mean - low], [high - mean]], color="black", capsize=3, lw=1)
+        if label:
+            axis.bar(0, 0, color="gray", alpha=opacity, label=label)
+    axis.set_xticks(range(len(shown_methods)), [NAMES.get(method, method) for method in shown_methods], fontsize=8)
+    axis.set_xlim(-0.6, len(methods) - 0.4)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+    if any(FINALS[kind][0] for kind in kinds):
+        axis.legend(fontsize=7, frameon=False)
 
 
 def draw_bars(measures: list[dict], part: str, path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import tools
 from figures import study
@@ -149,6 +150,19 @@ def test_tables(runs, capsys):
     commands = [row["command"] for row in rows(out / "study_runs.csv")]
     assert not any(str(runs) in command for command in commands) and all("--seed" in command for command in commands)
     assert {path.name for path in out.glob("*.png")} == {"study_control.png"}
+
+
+def test_final_evaluations_are_in_the_tables(runs, capsys):
+    for seed, (seen, unseen) in enumerate(((50.0, 30.0), (70.0, 60.0))):
+        found = {"eval/seen": {"mean": seen}, "eval/unseen": {"mean": unseen}}
+        path = runs / f"study/control/dmc_walker_stand/hrssm/{seed}/final_eval.json"
+        path.write_text(json.dumps({"step": 200, "episodes": 5, "evaluations": found}))
+    assert study.main([str(runs / "study"), "--out", str(runs / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "| final/seen/return at 200 frames |  | 60.0 [50.0, 70.0] |" in text
+    assert "| final/unseen/return at 200 frames |  | 45.0 [30.0, 60.0] |" in text
+    picture = Image.open(runs / "out/study_control.png")
+    assert picture.height > picture.width, "bars stand below the curves"
 
 
 def test_tables_keep_runs_of_other_machines_and_take_new_values(runs, capsys):
