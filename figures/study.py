@@ -243,8 +243,7 @@ def draw_finals(axis, rows: list[dict], methods: list[str]) -> None:
             x, (mean, low, high) = at + (k - (len(kinds) - 1) / 2) * width, bootstrap(np.array(own))
             axis.bar(x, mean, 0.9 * width, color=plot.COLORS[methods.index(method) % len(plot.COLORS)], alpha=opacity)
             axis.plot([x] * len(own), own, "o", color="black", ms=3)
-            if not np.isnan(low):
-                axis.errorbar(x, mean, [[mean - low], [high - mean]], color="black", capsize=3, lw=1)
+            axis.vlines(x, low, high, color="black", lw=1)  # nothing for a single seed, whose interval is NaN
         if label:
             axis.bar(0, 0, color="gray", alpha=opacity, label=label)
     axis.set_xticks(range(len(shown_methods)), [NAMES.get(method, method) for method in shown_methods], fontsize=8)

@@ -217,8 +217,7 @@ def bench_methods(args) -> None:
 
 
 def bench_loop(args) -> None:
-    # The same settings for both. Learning begins after two episodes; nothing is evaluated.
-    # upstream's pictures
+    # The same settings and pictures for both. Learning begins after two episodes; nothing is evaluated.
     options = ["--configs", args.preset, "--task", "dmc_walker_stand", "--shadow_size", "2048", *args.options]
     config, turn = tools.load_config(options), 20
     settings = device_settings(options) | {
