@@ -14,8 +14,10 @@ from setup import console  # first: before what takes seconds to import
 
 # isort: split
 import copy
+import csv
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -244,6 +246,11 @@ class Agent(nn.Module):
         return len(theirs)
 
 
+def action_width(space: gymnasium.Space) -> int:
+    """Length of an action as the networks see it; discrete ones are one-hot."""
+    return int(space.n) if isinstance(space, gymnasium.spaces.Discrete) else space.shape[0]  # type: ignore[index]
+
+
 def make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.Space, device="cpu") -> Agent:
     """Build an agent; constructors take their options by name. Raises UserError for values that cannot work."""
     try:
@@ -263,7 +270,7 @@ def _make_agent(config, obs_space: gymnasium.spaces.Dict, act_space: gymnasium.S
     if method not in METHODS:
         raise ValueError(f"unknown --method {method!r}: {tools.did_you_mean(method, METHODS)}")
     make_representation, make_kl_term = METHODS[method]
-    actions = int(act_space.n) if isinstance(act_space, gymnasium.spaces.Discrete) else act_space.shape[0]
+    actions = action_width(act_space)
     # The agent must not see the picture without distraction; only the probe learns to draw it.
     shapes = {key: space.shape for key, space in obs_space.items() if key != "clean_image"}
     bf16 = config.precision == 16
@@ -451,6 +458,17 @@ def make_eval_envs(config, evaluated: Evaluated, stream: str = "eval", start: in
     return make_envs(config, stream, start, evaluated.task, unseen=evaluated.clips == "unseen")
 
 
+def evaluation_states(vecs: dict[str, envs.Vector]) -> dict[str, list[dict]]:
+    """State of the evaluation environments for a checkpoint, taken after each evaluation: an interrupted one starts
+    over."""
+    return {name: vec.state_dict(np.zeros(vec.num_envs, bool)) for name, vec in vecs.items()}
+
+
+def restore_evaluation(vecs: dict[str, envs.Vector], states: dict[str, list[dict]]) -> None:
+    for name in vecs.keys() & states.keys():
+        vecs[name].load_state_dict(states[name])
+
+
 def make_envs(
     config, stream: str, start: int = 0, task: str = "", n: int = 0, first: int = 0, unseen: bool = False
 ) -> envs.Vector:
@@ -517,9 +535,13 @@ def evaluate(
 
 
 def distracted_tasks(config) -> dict[str, str]:
-    """Variant -> task of the control suite, of those that the run is trained and evaluated on."""
-    parsed = {task: envs.parse_task(task) for task in (config.task, *config.eval_task)}
-    return {found.variant: task for task, found in parsed.items() if found.suite == "dmc" and found.variant}
+    """Distracted tasks of the control suite that the run is trained and evaluated on, by the name in their metrics."""
+    trained, tasks = envs.parse_task(config.task), {}
+    for task in (config.task, *config.eval_task):
+        found = envs.parse_task(task)
+        if found.suite == "dmc" and found.variant:
+            tasks[found.variant if found.name == trained.name else f"{found.name}_{found.variant}"] = task
+    return tasks
 
 
 def measure_robustness(agent: Agent, config) -> dict[str, float]:
@@ -528,12 +550,12 @@ def measure_robustness(agent: Agent, config) -> dict[str, float]:
     The measures of figures/robustness.py, without intervals. Takes no random numbers from the run.
     """
     metrics, options = {}, env_options(config) | {"clean_image": False}
-    for variant, task in distracted_tasks(config).items():
+    for name, task in distracted_tasks(config).items():
         for clips in ("seen", "unseen") if envs.has_unseen(task, **options) else ("",):
             episodes = paired.render(task, options | {"unseen": clips == "unseen"})
             found = models.diagnose(agent.world_model, agent.actor_critic, *episodes)
-            prefix = "/".join(filter(None, ["robustness", variant, clips]))
-            metrics |= {f"{prefix}/{name}": estimate.value for name, estimate in found.items()}
+            prefix = "/".join(filter(None, ["robustness", name, clips]))
+            metrics |= {f"{prefix}/{measure}": estimate.value for measure, estimate in found.items()}
     return metrics
 
 
@@ -590,7 +612,10 @@ def evaluate_only(config, logdir: Path, device: torch.device) -> int:
         spread = f"{row['mean']:7.1f}  {row['std']:7.1f}  {low:7.1f} {high:7.1f}"
         length = np.mean(row["lengths"])
         print(f"{label:{width}}  {episodes:8}  {spread}  {row['success']:12.2f}  {length:6.0f}")
-    step = checkpoint["count"]["policy_step"] * config.action_repeat if checkpoint else 0
+    step = 0
+    if checkpoint:
+        count = checkpoint["count"]
+        step = count["update"] if config.offline_traindir else count["policy_step"] * config.action_repeat
     paths = [logdir / "eval_only.json", *(logdir / "video" / f"eval_only_{name}_{step}.mp4" for name in films)]
     with tools.writing(logdir):
         about = {"weights": config.init_from or str(logdir / "latest.pt"), "options": vars(config)}
@@ -627,6 +652,8 @@ class Player:
 def load(logdir: str | Path, device: str = "cpu", **options) -> Player:
     """The agent of a run, with its environment. `options` replace those of the run. Raises UserError."""
     config = tools.run_config(logdir)
+    for name in options.keys() - vars(config).keys():
+        raise tools.UserError(f"unknown option {name}: {tools.did_you_mean(name, vars(config))}")
     vars(config).update(options | {"logdir": str(logdir), "init_from": None})
     return make_player(config, device)
 
@@ -665,7 +692,7 @@ def record(config, device: torch.device) -> int:
         return player.act
 
     if name.startswith("minari:"):
-        played = recorder.from_minari(name.removeprefix("minari:"), env)
+        played = recorder.from_minari(name.removeprefix("minari:"), env, first)
     else:
         begin = agent if player else recorder.make_policy(name, env, config.task)
         played = (recorder.play(env, begin(seed), seed) for seed in seeds)
@@ -866,17 +893,15 @@ class Run:
     """Everything a training run consists of and a checkpoint restores.
 
     With several ranks, each has an equal share of the environments, of replay and of every batch, and its own folder;
-    counters are totals over all ranks. Rank 0 evaluates.
+    `step` and `policy_step` count all ranks, episodes and what concerns replay the own share. Rank 0 evaluates.
     """
 
     def __init__(self, config, logdir: Path, device: torch.device, rank: int = 0, ranks: int = 1):
         self.config, self.logdir, self.rank, self.ranks = config, logdir, rank, ranks
         self.checkpoint_path = logdir / "latest.pt"
-        fix = "restore it from a copy, or start anew with --fresh"
-        with tools.reading(f"{self.checkpoint_path} is not a checkpoint of a run", fix):
-            checkpoint = load_common_checkpoint(self.checkpoint_path, device)
-            # A resumed run starts new episodes instead of repeating its first ones.
-            resumed_at = checkpoint["count"]["policy_step"] if checkpoint else 0
+        checkpoint = load_common_checkpoint(self.checkpoint_path, device)
+        # A resumed run starts new episodes instead of repeating its first ones.
+        resumed_at = checkpoint["count"]["policy_step"] if checkpoint else 0
         self.new = checkpoint is None
         if self.new:
             tools.check_checkpoint_lost(logdir)
@@ -919,7 +944,7 @@ class Run:
             self.restore(checkpoint)
         elif config.init_from:
             load_weights(self.agent, config.init_from)
-        self.note_evaluation_state()
+        self.eval_states = evaluation_states(self.eval_envs)
         self.saved_at = time.monotonic()
         self.trace = tools.start_trace(logdir / "trace.json", config.profile) if config.profile else None
 
@@ -944,8 +969,8 @@ class Run:
 
     def robustness_due(self) -> bool:
         """Whether a multiple of `robustness_every` frames was passed since the evaluation before this one."""
-        every, step = self.config.robustness_every, self.step
-        return every > 0 and self.rank == 0 and step // every > (step - self.config.eval_every) // every
+        every, before = self.config.robustness_every, self.evaluated * self.config.action_repeat
+        return every > 0 and self.rank == 0 and self.step // every > before // every
 
     def write(self, only: str = "") -> None:
         for vec in (self.rollout.vec, *self.eval_envs.values()):
@@ -1015,7 +1040,7 @@ class Run:
                 self.logger.video(f"{prefix}policy", frames)
             if rows:
                 self.logger.video(f"{prefix}openloop", open_loop(agent, rows), fps=10, strip=5)
-        self.note_evaluation_state()
+        self.eval_states = evaluation_states(self.eval_envs)
         self.write(only="eval/")
         if self.robustness_due():
             self.logger.scalars(measure_robustness(agent, self.config))
@@ -1025,11 +1050,6 @@ class Run:
         self.evaluated = self.policy_step
         self.save()
         return True
-
-    def note_evaluation_state(self) -> None:
-        """Keep the state of the evaluation environments for the checkpoint: an interrupted evaluation starts over."""
-        ended = np.zeros(self.config.envs, bool)
-        self.eval_states = {name: vec.state_dict(ended) for name, vec in self.eval_envs.items()}
 
     @property
     def count(self) -> dict[str, int]:
@@ -1042,6 +1062,7 @@ class Run:
             "owed": self.learner.owed,
             "skipped": self.learner.skipped,
             "worker_restarts": self.worker_restarts,
+            "ranks": self.ranks,
         }
 
     @property
@@ -1070,6 +1091,11 @@ class Run:
         fix = "restore it from a copy, or start anew with --fresh"
         with tools.reading(f"{self.checkpoint_path} does not fit this run", fix):
             count = state["count"]
+            if count.get("ranks", self.ranks) != self.ranks:  # absent from older checkpoints
+                raise tools.UserError(
+                    f"{self.logdir} holds a run of {count['ranks']} processes, not {self.ranks}: start it with "
+                    f"torchrun --nproc_per_node {count['ranks']}, or anew in another --logdir"
+                )
             learner.load_state_dict(state)
             for name, clock in self.clocks.items():
                 clock.load_state_dict(state["clocks"][name])
@@ -1080,8 +1106,7 @@ class Run:
             self.logger.load_state_dict(state["logger"])
             self.replay.load(self.logdir / "replay", state["replay"])
             saved = json.loads(state["envs"])
-        for name in self.eval_envs.keys() & saved["eval"].keys():
-            self.eval_envs[name].load_state_dict(saved["eval"][name])
+        restore_evaluation(self.eval_envs, saved["eval"])
         running = self.rollout.vec.load_state_dict(saved["train"])
         # An episode goes on if both its environment and its rows in replay came back.
         running &= [i in self.replay.open for i in range(len(running))]
@@ -1104,15 +1129,24 @@ class Run:
 def load_common_checkpoint(path: Path, device: torch.device) -> dict | None:
     """The latest checkpoint that all ranks have; a kill may come between their saves."""
 
-    def steps(checkpoint: dict | None) -> Tensor:
-        return tools.gather_ranks(torch.tensor([checkpoint["count"]["policy_step"] if checkpoint else -1]))
+    def load(path: Path) -> tuple[dict | None, int]:
+        fix = "restore it from a copy, or start anew with --fresh"
+        with tools.reading(f"{path} is not a checkpoint of a run", fix):
+            checkpoint = tools.load_checkpoint(path, device)
+            return checkpoint, checkpoint["count"]["policy_step"] if checkpoint else -1
 
-    checkpoint = tools.load_checkpoint(path, device)
-    oldest = steps(checkpoint).min()
-    if checkpoint and checkpoint["count"]["policy_step"] > oldest:
-        checkpoint = tools.load_checkpoint(path.with_suffix(".prev.pt"), device)
-    if len(steps(checkpoint).unique()) > 1:
+    def steps(step: int) -> Tensor:
+        return tools.gather_ranks(torch.tensor([step]))
+
+    previous = path.with_suffix(".prev.pt")
+    checkpoint, step = load(path)
+    ahead = step > steps(step).min()
+    if ahead:
+        checkpoint, step = load(previous)
+    if len(steps(step).unique()) > 1:
         raise tools.UserError(f"the ranks have no checkpoint in common beside {path}: start anew in another --logdir")
+    if ahead:  # else the next save would keep the newer one, which the others do not have
+        os.replace(previous, path)
     return checkpoint
 
 
@@ -1174,11 +1208,13 @@ class OfflineRun:
         observed, act_space = self.logged.spaces, self.logged.act_space
         self.eval_envs = {}
         if acts(config) and config.eval_episode_num:
-            self.eval_envs = {name: make_eval_envs(config, task) for name, task in evaluations(config).items()}
+            start = checkpoint["count"]["update"] if checkpoint else 0
+            tasks = evaluations(config)
+            self.eval_envs = {name: make_eval_envs(config, task, "eval", start) for name, task in tasks.items()}
         for vec in self.eval_envs.values():
             theirs = {key: space.shape for key, space in vec.observation_space.items()}
             ours = {key: space.shape for key, space in observed.items()}
-            if ours != theirs or vec.action_space.shape != act_space.shape:
+            if ours != theirs or action_width(vec.action_space) != action_width(act_space):
                 raise tools.UserError(
                     f"{config.task} shows {theirs} and takes actions {vec.action_space}, the logged episodes hold "
                     f"{ours} and {act_space}: name their --task, or evaluate nothing with --eval_episode_num 0"
@@ -1199,6 +1235,7 @@ class OfflineRun:
             self.restore(checkpoint)
         elif config.init_from:
             load_weights(self.agent, config.init_from)
+        self.eval_states = evaluation_states(self.eval_envs)
         self.saved_at = time.monotonic()
 
     @property
@@ -1246,18 +1283,26 @@ class OfflineRun:
         self.write(only="eval/")
         with tools.writing(self.logdir):
             tools.write_atomic(self.logdir / "openloop.csv", functools.partial(self.add_curves, curves))
+        self.eval_states = evaluation_states(self.eval_envs)
         self.evaluated = self.step
         self.save()
         return True
 
     def add_curves(self, curves: dict[str, np.ndarray], file) -> None:
         """Rows of this evaluation after those of earlier ones: update, horizon, the mean of each error."""
-        path, lines = self.logdir / "openloop.csv", []
+        path, rows = self.logdir / "openloop.csv", []
         if path.exists():
-            lines = [line for line in path.read_text().splitlines()[1:] if int(line.split(",")[0]) < self.step]
-        for h, row in enumerate(zip(*curves.values(), strict=True)):
-            lines.append(",".join(map(str, (self.step, h + 1, *(f"{value:.6g}" for value in row)))))
-        file.write("".join(f"{line}\n" for line in (",".join(["update", "horizon", *curves]), *lines)).encode())
+            with open(path, newline="") as before:
+                rows = [row for row in csv.DictReader(before) if int(row["update"]) < self.step]
+        for h, values in enumerate(zip(*curves.values(), strict=True)):
+            row = {"update": self.step, "horizon": h + 1}
+            rows.append(row | {key: f"{value:.6g}" for key, value in zip(curves, values, strict=True)})
+        text = io.StringIO()
+        columns = list(dict.fromkeys(key for row in reversed(rows) for key in row))  # a resumed run may have others
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write(text.getvalue().encode())
 
     def save(self) -> None:
         self.learner.check()
@@ -1265,6 +1310,7 @@ class OfflineRun:
         state = self.learner.state_dict() | {
             "count": count,
             "logged": self.logged.files,
+            "envs": json.dumps(self.eval_states),
             "draws": json.dumps(self.logged.replay.rng.bit_generator.state),
             "logger": self.logger.state_dict(),
             "rng": tools.rng_state(),
@@ -1283,7 +1329,9 @@ class OfflineRun:
             self.learner.skipped = count["skipped"]
             self.logger.load_state_dict(state["logger"])
             self.logged.replay.rng.bit_generator.state = json.loads(state["draws"])
-            tools.set_rng_state(state["rng"])
+            saved = json.loads(state.get("envs", "{}"))  # absent from older checkpoints
+        restore_evaluation(self.eval_envs, saved)
+        tools.set_rng_state(state["rng"])
         print(f"Resumed {self.logdir} at update {self.step}.", flush=True)
 
     def close(self) -> None:
@@ -1291,12 +1339,6 @@ class OfflineRun:
             vec.close()
         with tools.writing(self.logdir):
             self.logger.close()
-
-
-def first_window(held_out: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Rows (1,T,...) of the first held-out episode that is long enough."""
-    rows = next(rows for rows in held_out if len(rows["action"]) > models.CONTEXT)
-    return {key: torch.as_tensor(values[None, : models.CONTEXT + models.HORIZON]) for key, values in rows.items()}
 
 
 def measure_held_out(
@@ -1325,8 +1367,10 @@ def open_loop_logged(agent: Agent, logged: exploration.Logged) -> np.ndarray:
 def measure_offline(agent: Agent, logged: exploration.Logged, config) -> tuple[dict, dict, np.ndarray | None]:
     """Metrics on held-out episodes, error curves (horizons,), and the open-loop video (T,3H,W,C) of the first."""
     state = config.offline_state
-    if state and state not in logged.held_out[0]:
-        raise tools.UserError(f"--offline_state {state}: the episodes hold {', '.join(logged.held_out[0])}")
+    vectors = [key for key, space in logged.spaces.items() if len(space.shape) == 1]
+    if state and state not in vectors:
+        there = ", ".join(vectors) or "no vectors"
+        raise tools.UserError(f"--offline_state {state}: these episodes hold {there}, and pictures, rewards and flags")
     found = measure_held_out(agent, logged, state, config.offline_object)
     metrics, curves = models.summarise_windows(found)
     if state:
@@ -1351,7 +1395,8 @@ def train_offline(run: OfflineRun, stopped: Callable[[], bool]) -> None:
             continue
         run.learner.owed = run.next() - run.step
         run.learner.learn(run.step, lambda: stopped() or run.save_due(), offline=True)
-        if run.config.log_every and run.step % run.config.log_every == 0:
+        # At step 0 the updates of the autoencoder before all others were interrupted.
+        if run.config.log_every and run.step and run.step % run.config.log_every == 0:
             run.write()
         if run.save_due():
             run.save()
@@ -1384,6 +1429,8 @@ def warn_idle_options(method: str, argv: list[str], autoencoder: str = "none", d
     }
     idle = set().union(*read.values()) - read[method] - {"task", "decoder", "nomlr", "nosimsr"}
     idle -= {"decoder_scale", "motion_weight"} if autoencoder != "none" else set()
+    if autoencoder in ("external", "frozen") and "mask_ratio" in read[method]:
+        tools.warn(f"--autoencoder {autoencoder}: the agent sees codes instead of pictures, so nothing is masked")
     for option in (token[2:].partition("=")[0] for token in argv if token.startswith("--")):
         if option == "motion_weight" and autoencoder == "external":
             tools.warn("--motion_weight has no effect with --autoencoder external: its loss compares codes")

@@ -252,23 +252,23 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
     started, options = time.monotonic(), {"actions": config.offline_actions, "size": tuple(config.size)}
     options["discrete"] = discrete = config.actor_dist == "onehot"
     files = find_files(config.offline_traindir, config.dataset_size)
-    pieces = sum(len(file.pieces) for file in files)
-    drawn = set() if config.offline_evaldir else hold_out(pieces, config.seed)
+    lengths = [stop - start for file in files for start, stop in file.pieces]
+    # Episodes of a single row are left out below, so they have no number.
+    drawn = set() if config.offline_evaldir else hold_out(sum(rows > 1 for rows in lengths), config.seed)
     replay = tools.Replay(
-        capacity=sum(file.rows for file in files) + pieces,
+        capacity=sum(lengths) + len(lengths),
         batch_size=config.batch_size,
         batch_length=config.batch_length,
         num_envs=1,
         seed=config.seed,
         device=device,
     )
-    held_out, totals, rewarded, found = [], {}, True, {}
+    held_out, totals, rewarded, found = [], {}, {}, {}
 
     def read(files: list[File], use: str) -> Iterator[dict[str, np.ndarray]]:
-        nonlocal rewarded
         for path, rows in load_episodes(files, **options):
             found[use, path] = found.get((use, path), 0) + len(rows["action"])
-            rewarded = rewarded and "reward" in rows
+            rewarded[use] = "reward" in rows  # in all of a folder or in none
             yield {"reward": np.zeros(len(rows["action"]), np.float32)} | rows
 
     for number, rows in enumerate(read(files, "training")):
@@ -288,8 +288,15 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
             f"{config.offline_traindir} holds {len(held_out) + replay.num_episodes} episodes: two are needed, one to "
             "learn from and one to hold out, or held-out ones in --offline_evaldir"
         )
-    if held_out[0].keys() != replay.storage.keys():
-        raise tools.UserError(f"{config.offline_evaldir} has other keys than {config.offline_traindir}")
+    theirs = {key: values.shape[1:] for key, values in held_out[0].items()}
+    ours = {key: tuple(values.shape[1:]) for key, values in replay.storage.items()}
+    differ = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    differ += ["reward"] * (len({*rewarded.values()}) > 1)
+    if differ:
+        raise tools.UserError(
+            f"{config.offline_evaldir} and {config.offline_traindir} do not fit: {', '.join(differ)} differs in shape "
+            "or is in one of them only"
+        )
     rows, seconds = sum(found.values()), time.monotonic() - started
     print(
         f"Loaded {replay.num_episodes + len(held_out)} episodes, {len(held_out)} of them held out: {rows:,} rows, "
@@ -298,7 +305,7 @@ def load_logged(config, device: torch.device | str = "cpu") -> Logged:
     )
     listed = [[f"{use} {path.name}", path.stat().st_size, rows] for (use, path), rows in found.items()]
     means = {key: torch.as_tensor(total / len(replay) / 255.0) for key, total in totals.items()}
-    return Logged(replay, held_out, listed, means, rewarded, discrete)
+    return Logged(replay, held_out, listed, means, rewarded["training"], discrete)
 
 
 def check_unchanged(before: list[list], now: list[list]) -> None:

@@ -824,7 +824,7 @@ def choose_windows(lengths: list[int]) -> list[tuple[int, int]]:
 def cut_window(episodes: list[dict[str, np.ndarray]], number: int, start: int) -> dict[str, np.ndarray]:
     """A window (CONTEXT + HORIZON, ...): what is after the end is the last row, `valid` (HORIZON,) says which is not.
 
-    `other_action` are the actions of another episode, at the same rows.
+    `other_action` are the actions of another episode, one row later, so that the zeros of its row 0 are not among them.
     """
     rows = np.arange(start, start + CONTEXT + HORIZON)
     own, other = episodes[number], episodes[(number + 1) % len(episodes)]["action"]
@@ -962,7 +962,13 @@ def object_rule(text: str) -> ObjectRule:
     square = re.fullmatch(r"(\w+):(\d+)", text)
     if colour:
         more, less, least = "rgb".index(colour[1]), "rgb".index(colour[2]), int(colour[3]) / 255.0
-        return ObjectRule(lambda picture, data: picture[..., more] - picture[..., less] > least)
+
+        def coloured(picture: Tensor, data: Mapping[str, Tensor]) -> Tensor:
+            if picture.shape[-1] < 3:
+                raise tools.UserError(f"--offline_object {text}: the pictures of these episodes have no colours")
+            return picture[..., more] - picture[..., less] > least
+
+        return ObjectRule(coloured)
     if square and int(square[2]) % 2:
         return ObjectRule(
             lambda picture, data: around(data, square[1], int(square[2]), picture.shape[-3:-1]), square[1]

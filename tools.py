@@ -439,7 +439,8 @@ def saved_options(flags: dict[str, str]) -> dict:
     if not plays or "init_from" in flags or "logdir" not in flags:
         return {}
     saved = read_config(Path(flags["logdir"]).expanduser())
-    own = {"logdir", "init_from", "fresh", "eval_only"}
+    # A final evaluation under other options must not take the place of the run's own unless it is asked for.
+    own = {"logdir", "init_from", "fresh", "eval_only", "final_episodes"}
     return {key: value for key, value in flatten(saved["config"]).items() if key not in own} if saved else {}
 
 
@@ -568,7 +569,7 @@ def check_config(config: SimpleNamespace, logdir: Path) -> None:
 
 # All that a run writes to its folder, apart from locks.
 RUN_FILES = ("config.json", "metrics.jsonl", "latest*.pt", "replay", "video", "events.out.tfevents*", "nan_*.npz")
-RUN_FILES += ("trace.json", "eval_only.json", "final_eval.json", "rank[0-9]*")
+RUN_FILES += ("openloop.csv", "trace.json", "eval_only.json", "final_eval.json", "rank[0-9]*")
 REPLACED = "replaced"
 
 
@@ -716,7 +717,10 @@ def gather_ranks(x: Tensor, gradient: bool = False) -> Tensor:
     if not several_ranks():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
+    try:
+        dist.all_gather(parts, x.detach().contiguous())
+    except RuntimeError as error:
+        raise UserError("another process of this run has ended: see what it says") from error
     if gradient:
         parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
     return torch.cat(parts)
@@ -1167,7 +1171,7 @@ class Replay:
         # Zero weight for episodes of one row is equivalent to redrawing when one comes up.
         ends = np.cumsum(np.where(rows < 2, 0, rows))
         if not len(ends) or not ends[-1]:
-            until = "as --envs" if self.smoothing == "none" else "as the first episodes are long"
+            until = "as --envs" if self.smoothing == "none" else "as the first episodes of all --envs are long together"
             raise UserError(f"replay holds nothing to sample yet: --prefill must be at least as large {until}")
         index = np.empty((self.batch_size, self.batch_length), np.int64)
         starts = np.zeros((self.batch_size, self.batch_length), bool)
@@ -1446,12 +1450,12 @@ class Logger:
             self._add(tuple(numbers), np.array(list(numbers.values())))
 
     def video(self, name: str, frames: np.ndarray, fps: int = 30, strip: int = 0) -> None:
-        """Encode frames uint8 (T,H,W,3) at the next write, to `video/NAME_STEP.mp4` and TensorBoard.
+        """Encode frames uint8 (T,H,W,C), C 1 or 3, at the next write, to `video/NAME_STEP.mp4` and TensorBoard.
 
         `strip` adds NAME_STEP.png with every `strip`-th frame side by side.
         """
         if not self.simple:
-            self.videos[name] = (frames, fps, strip)
+            self.videos[name] = (np.repeat(frames, 3 // frames.shape[-1], -1), fps, strip)
 
     def progress(self, step: int, updates: int | None = None) -> None:
         """Move the progress bar, or now and then print a line where there is none; cheap enough for every step."""

@@ -170,14 +170,15 @@ def make_vector(
     Args:
         stream: one of STREAMS: "train", "eval" or "final".
         parallel: one worker process per environment; otherwise all run in this process, one after the other.
-        shared_seed: seed every simulator with `seed`, as the original research code did (equal initial states).
+        shared_seed: seed every simulator with `seed`, as the original research code did (equal initial states);
+            not those of stream "final", whose starts must be its own.
         timeout: seconds after which a worker that does not respond is replaced; 0 = never.
         niceness: of the worker processes.
         first: index of the first random stream; those before it belong to other ranks.
         options: as in `prepare`, except `seed` and `task_seed`.
     """
     seeds = np.random.SeedSequence([seed, STREAMS.index(stream)]).spawn(first + n)[first:]
-    task_seed = seed if shared_seed else None
+    task_seed = seed if shared_seed and stream != "final" else None
     constructors = [prepare(task, seed=s, task_seed=task_seed, **options) for s in seeds]
     return Vector(constructors, parallel=parallel, timeout=timeout, niceness=niceness)
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from envs.task import EnvError
+from envs.task import EnvError, one_line
 
 NOT_STORED = {"is_last", "discount", "logprob", "success", "step_type"}
 STEPS = ("action", "reward", "discount", "is_terminal")  # what a departure file holds once per step, not per picture
@@ -149,10 +149,6 @@ def write_episode(folder: str | Path, rows: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _check_skipped(folder: Path, skipped: int, count: int) -> None:
     if skipped > count / 2:
         raise EnvError(f"{folder}: {skipped} of {count} files cannot be read: restore them from a copy")
@@ -175,6 +171,8 @@ def _npz_pieces(path: Path) -> list[tuple[int, int]]:
 def _read_npz(file: File, actions: str) -> Iterator[dict[str, np.ndarray]]:
     with np.load(file.path, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in archive.files if not key.startswith("log_") and key != "logprob"}
+    if scalars := [key for key, values in arrays.items() if not values.ndim]:
+        raise EnvError(f"{file.path}: {scalars[0]} is a single number, not one per row: leave it out")
     lengths = {key: len(values) for key, values in arrays.items()}
     observed = max(lengths.values())
     one_less = {key for key, length in lengths.items() if length == observed - 1}
@@ -188,6 +186,8 @@ def _read_npz(file: File, actions: str) -> Iterator[dict[str, np.ndarray]]:
                 f"{file.path} holds {observed} observations and {observed - 1} actions: use --offline_actions departure"
             )
         arrays = {k: np.concatenate([v, np.zeros_like(v[:1])]) if k in one_less else v for k, v in arrays.items()}
+        # What has an entry per picture stays with it: `_convert` will shift it the other way.
+        arrays |= {k: np.concatenate([arrays[k][1:], arrays[k][-1:]]) for k in ({*STEPS} & arrays.keys()) - one_less}
     elif len(set(lengths.values())) > 1:
         raise EnvError(f"{file.path} holds keys of different lengths: {lengths}")
     for start, stop in _pieces(arrays.get("is_first", np.zeros(1, bool)), observed):
@@ -207,7 +207,7 @@ def _hdf5_pieces(path: Path) -> list[tuple[int, int]]:
         for key in ("observation", "action"):
             if key not in arrays:
                 raise EnvError(f"{path} holds no {key}, only {', '.join(arrays) or 'nothing'}")
-        lengths = {key: len(values) for key, values in arrays.items()}
+        lengths = {key: len(values) if values.ndim else 0 for key, values in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise EnvError(f"{path} holds keys of different lengths: {lengths}")
         rows = lengths["action"]

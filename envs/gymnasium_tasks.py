@@ -17,7 +17,7 @@ from gymnasium import spaces
 from ruamel.yaml import YAML
 
 from envs.dmc import check_rendering
-from envs.task import EnvError, Task, two_seeds
+from envs.task import EnvError, Task, one_line, two_seeds
 
 TAKEN = {"action", "reward", "is_first", "is_last", "is_terminal"}  # columns that replay adds
 
@@ -219,7 +219,3 @@ def is_picture(space: spaces.Space) -> bool:
         and len(space.shape) == 3
         and space.shape[-1] in (1, 3)
     )
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

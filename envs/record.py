@@ -12,8 +12,9 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 
-from envs.gymnasium_tasks import GymnasiumTask, one_line
-from envs.task import EnvError
+from envs.episodes import UNREADABLE
+from envs.gymnasium_tasks import GymnasiumTask
+from envs.task import EnvError, one_line
 
 Policy = Callable[[dict[str, np.ndarray]], np.ndarray | int]
 ATOL, FAR = 1e-6, 0.1  # how far states may be from those that a simulator repeats exactly, or at all
@@ -70,7 +71,7 @@ def linear_policy(path: str, env: gymnasium.Env) -> Policy:
     try:
         with np.load(path, allow_pickle=False) as file:
             weight, mean, std = file["W"], file["mean"], file["std"]
-    except (OSError, KeyError, ValueError) as error:
+    except UNREADABLE as error:
         raise EnvError(f"{path} is no linear policy with arrays W, mean and std: {one_line(error)}") from error
     shown = env.observation_space.get("state", None)  # type: ignore[attr-defined]
     states = shown.shape[0] if shown else 0
@@ -95,8 +96,8 @@ def imported_policy(name: str, task: str) -> Policy:
     return make(task)
 
 
-def from_minari(dataset_id: str, env: gymnasium.Env) -> Iterator[dict[str, np.ndarray]]:
-    """The episodes of a local Minari dataset as `env`, a `gym_` task of the same environment, shows them.
+def from_minari(dataset_id: str, env: gymnasium.Env, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Episodes of a local Minari dataset, from number `first` on, as `env` shows them: a `gym_` task of the same one.
 
     The stored actions are played from the stored seed. If that does not repeat the stored observations, which another
     version of the simulator may not, every step begins in the stored state instead: this needs a MuJoCo environment
@@ -116,9 +117,10 @@ def from_minari(dataset_id: str, env: gymnasium.Env) -> Iterator[dict[str, np.nd
     task, seeds = env.unwrapped, {}
     if not isinstance(task, GymnasiumTask) or task.named:
         raise EnvError("Minari datasets are recorded for gym_ tasks that observe one vector, as gym_HalfCheetah-v5")
-    for metadata in dataset.storage.get_episode_metadata(dataset.episode_indices):
+    numbers = dataset.episode_indices[first:]
+    for metadata in dataset.storage.get_episode_metadata(numbers):
         seeds[int(metadata["id"])] = metadata.get("seed")
-    for episode in dataset.iterate_episodes():
+    for episode in dataset.iterate_episodes(numbers):
         states, actions = np.asarray(episode.observations), np.asarray(episode.actions)
         steps = _repeat(task, states, actions, seeds[int(episode.id)])
         rows = [

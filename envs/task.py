@@ -9,6 +9,10 @@ class EnvError(ValueError):
     """An environment cannot be created or used as requested. The one-line message says what to do."""
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Task(NamedTuple):
     """A parsed task string, for example `dmc_walker_stand_video`."""
 

@@ -14,7 +14,8 @@ compares runs that draw pictures (--method dreamer, --autoencoder, --video_pred_
 of the one they were trained on those that they held out, of another one all. The models see 10 rows of a window and
 imagine the next 90. The picture shows the truth and a row for each run, every tenth frame, and errors by horizon beside
 those of the last picture seen and of the mean training picture. Runs that differ in nothing but their seed are one
-line. Intervals are at 95%, by bootstrap over episodes and seeds. All points are in a CSV beside it.
+line. Intervals are at 95%, by bootstrap: runs and episodes are drawn anew, the same episodes for every run. With a few
+seeds they are too narrow to rely on. All points are in a CSV beside it.
 """
 
 import sys
@@ -25,6 +26,7 @@ from setup import console  # before what takes seconds to import
 
 # isort: split
 import argparse
+import copy
 import os
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -41,6 +43,8 @@ import tools
 from figures import grid, plot, robustness
 
 BASELINES = {"copy": "last picture seen", "mean": "mean picture"}
+# Options that a resumed run may change and that still make another run of it.
+ALSO = ("steps", "offline_traindir", "offline_evaldir", "dataset_size", "init_from")
 PANELS = {"mse": "squared error of pixels", "ssim": "structural similarity"}
 
 
@@ -89,14 +93,19 @@ class Compared(NamedTuple):
 
 def compare(logdir: str, data: Path, rule: str) -> Compared:
     """Load a run and measure it on the episodes of `data`. Raises UserError."""
-    config, folder = tools.run_config(logdir), Path(logdir)
+    asked, folder = tools.run_config(logdir), Path(logdir)
+    config = copy.copy(asked)
     checkpoint = tools.load_checkpoint(folder / "latest.pt")
     if checkpoint is None or "agent" not in checkpoint:
         raise tools.UserError(f"{logdir} holds no checkpoint of a run")
     config.offline_traindir = config.offline_traindir or str(folder / "replay")
-    if data.resolve() != Path(config.offline_traindir).expanduser().resolve():
-        config.offline_evaldir = str(data)
+    same = data.resolve() == Path(config.offline_traindir).expanduser().resolve()
+    if same and "logged" not in checkpoint:
+        raise tools.UserError(f"{logdir} learned from all of {data}: name other episodes, or a run that held some out")
+    config.offline_evaldir = config.offline_evaldir if same else str(data)
     logged = exploration.load_logged(config)
+    if same:  # else the episodes held out now may be others
+        exploration.check_unchanged(checkpoint["logged"], logged.files)
     agent = dreamer.make_agent(config, logged.spaces, logged.act_space)
     with tools.reading(f"{folder}/latest.pt does not fit config.json", "restore them from a copy"):
         agent.load_state_dict(checkpoint["agent"])
@@ -105,36 +114,45 @@ def compare(logdir: str, data: Path, rule: str) -> Compared:
     found = dreamer.measure_held_out(agent, logged, rule=rule)
     video, height = dreamer.open_loop_logged(agent, logged), config.size[0]
     parts = [np.repeat(video[:, i : i + height], 3 // video.shape[-1], -1) for i in range(0, video.shape[1], height)]
-    return Compared(logdir, config, found, parts[-3], parts[-2])
+    return Compared(logdir, asked, found, parts[-3], parts[-2])
 
 
 def group(runs: list[Compared]) -> dict[str, list[Compared]]:
-    """Runs that differ in their seed alone, by what their folders share."""
-    groups: dict[str, list[Compared]] = {}
+    """Runs that differ in their seed alone, by what their folders share, or by the first of them."""
+    groups: dict[tuple, list[Compared]] = {}
     for run in runs:
-        groups.setdefault(tools.config_hash(SimpleNamespace(**vars(run.config) | {"seed": 0})), []).append(run)
+        options = vars(run.config)
+        key = tools.config_hash(SimpleNamespace(**options | {"seed": 0})), *(options[name] for name in ALSO)
+        groups.setdefault(key, []).append(run)
     paths = [os.path.commonpath([Path(run.logdir).absolute() for run in found]) for found in groups.values()]
+    if len({*paths}) < len(paths):
+        paths = [str(Path(found[0].logdir).absolute()) for found in groups.values()]
     names = robustness.short_names(paths) if len(paths) > 1 else {paths[0]: Path(paths[0]).name}
     return {names[path]: found for path, found in zip(paths, groups.values(), strict=True)}
 
 
 def curve(runs: list[Compared], key: str) -> np.ndarray:
     """(3, horizons): mean over episodes and seeds with its 95% interval."""
-    episodes = []
-    for run in runs:
-        values, number = run.found[key], run.found["episode"]
-        kept = np.isfinite(run.found["kl"]).any(0)
-        for episode in np.unique(number):
-            rows = values[number == episode][:, kept]
-            counts = np.isfinite(rows).sum(0)
-            episodes.append(np.where(counts, np.nansum(rows, 0) / np.maximum(counts, 1), np.nan))
-    length = min(map(len, episodes))
-    x = np.stack([row[:length] for row in episodes])
-    drawn = np.random.default_rng(0).integers(len(x), size=(plot.RESAMPLINGS, len(x)))
-    known = np.isfinite(x)
-    totals, counts = np.where(known, x, 0.0)[drawn].sum(1), known[drawn].sum(1)
-    means = np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
-    return np.stack([np.where(known, x, 0.0).sum(0) / known.sum(0), *np.nanpercentile(means, [2.5, 97.5], axis=0)])
+    length = min(int(np.isfinite(run.found["kl"]).any(0).sum()) for run in runs)
+    episodes = max(int(run.found["episode"].max()) for run in runs) + 1
+    # Sums over windows and their numbers, by run, episode and horizon.
+    totals, counts = np.zeros((2, len(runs), episodes, length))
+    for at, run in enumerate(runs):
+        values = run.found[key][:, :length]
+        np.add.at(totals[at], run.found["episode"], np.nan_to_num(values))
+        np.add.at(counts[at], run.found["episode"], np.isfinite(values))
+    # (runs, episodes, horizons)
+    means, known = totals / np.maximum(counts, 1), (counts > 0).astype(float)
+    rng = np.random.default_rng(0)
+    # How often each is drawn: all once first, for the mean.
+    run_times, episode_times = (
+        np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), plot.RESAMPLINGS)])
+        for n in (len(runs), episodes)
+    )
+    drawn = "br,be,reh->bh", run_times, episode_times
+    with np.errstate(invalid="ignore"):  # where no episode drawn is so long
+        x = np.einsum(*drawn, means, optimize=True) / np.einsum(*drawn, known, optimize=True)
+    return np.stack([x[0], *np.nanpercentile(x[1:], [2.5, 97.5], axis=0)])
 
 
 def strip(runs: list[Compared]) -> np.ndarray:

@@ -10,10 +10,13 @@ STUDY any more, so a study may be made in pieces and on several machines:
   evaluation; reward R^2, errors of predicted pictures and R^2 of states of world models.
 - study_robustness.csv: a row per run, clips and measure, from STUDY/robustness_*.csv of figures/robustness.py.
 
+A run that is measured again replaces all its rows.
+
 From these: study.md, a table per part and task of means over seeds with 95% intervals (bootstrap over seeds, 10,000
 resamplings), and differences to a base method (HRSSM) paired by seed; study_control.png and study_representation.png.
-Where an interval of a difference contains 0 the seeds do not tell the methods apart. With two seeds an interval is the
-range.
+Where an interval of a difference contains 0 the seeds do not tell the methods apart. Of two or three seeds an interval
+is their range, which the true mean lies in far less often than 95 times of 100. It tells nothing of differences between
+episodes, as a run's value is a mean over its episodes.
 """
 
 import sys
@@ -64,21 +67,20 @@ class Cell(NamedTuple):
     seed: str
 
 
-def cell(study: Path, logdir: Path) -> Cell:
-    return Cell(*logdir.relative_to(study).parts)
-
-
 def finished(logdir: Path) -> bool:
     return (logdir / "sweep.done").exists()
 
 
 def merge(path: Path, columns: tuple[str, ...], rows: list[list], keys: int) -> list[dict[str, str]]:
-    """Write `rows` over those of `path` with the same first `keys` columns; returns all, sorted."""
-    known = {}
+    """Write `rows` to the table `path`, instead of all others of the same runs; returns all, sorted.
+
+    The first four columns name a run, the first `keys` a row of it.
+    """
+    text = [tuple(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row) for row in rows]
+    known, new = {}, {row[:4] for row in text}
     if path.exists():
         with open(path, newline="") as file:
-            known = {tuple(row.values())[:keys]: tuple(row.values()) for row in csv.DictReader(file)}
-    text = [tuple(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row) for row in rows]
+            known = {row[:keys]: row for row in map(tuple, csv.reader(file)) if row[:4] not in new and row != columns}
     known |= {row[:keys]: row for row in text}
     ordered = sorted(known.values(), key=lambda row: [plot.natural(Path(part)) for part in row[:keys]])
     plot.write_csv(path, columns, ordered)
@@ -89,9 +91,10 @@ def collect(study: Path) -> tuple[list[list], list[list]]:
     """Rows of RUNS and VALUES of the finished runs."""
     runs, values = [], []
     for logdir in plot.find_runs([str(study)]):
-        if not finished(logdir) or len(logdir.relative_to(study).parts) != len(Cell._fields):
+        parts = logdir.relative_to(study).parts
+        if not finished(logdir) or len(parts) != len(Cell._fields):
             continue
-        own, rows = cell(study, logdir), plot.read_rows(logdir)
+        own, rows = Cell(*parts), plot.read_rows(logdir)
         for row in rows:
             values += [[*own, str(row["step"]), key, float(row[key])] for key in row if METRICS.fullmatch(key)]
         if final := tools.read_final_evaluation(logdir):
@@ -114,9 +117,9 @@ def collect_robustness(study: Path) -> list[list]:
     for path in sorted(study.glob("robustness_*.csv")):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                logdir, _, untrained = row["run"].partition(" ")
-                own = cell(study, Path(logdir))
-                if not finished(Path(logdir)) or (untrained and own.method != BASE):
+                logdir, untrained = row["run"].removesuffix(" untrained"), row["run"].endswith(" untrained")
+                own = Cell(*Path(logdir).absolute().parts[-4:])  # however the folder of the study was written
+                if not finished(study.joinpath(*own)) or (untrained and own.method != BASE):
                     continue
                 own = own._replace(method="untrained") if untrained else own
                 clips = row["clips"] or ("clean" if row["task"] != own.task else "")
@@ -141,10 +144,18 @@ def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> list[st
     """Markdown of measure -> method -> seed -> value: means, and differences to method `base` paired by seed."""
     methods = plot.unique(method for measure in results.values() for method in measure)
     methods.sort(key=lambda method: method in BASELINES.values())
-    lines = [f"| | {' | '.join(NAMES.get(method, method) for method in methods)} |", "|---" * (len(methods) + 1) + "|"]
+    names = [NAMES.get(method, method) for method in methods]
+    for at, method in enumerate(methods):
+        if method not in BASELINES.values():  # which are no runs
+            counts = sorted({len(by_method[method]) for by_method in results.values() if method in by_method})
+            names[at] += f" ({f'{counts[0]} to ' * (len(counts) > 1)}{plot.plural(counts[-1])})"
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(methods) + 1) + "|"]
     for measure, by_method in results.items():
         digits = 1 if "return" in measure else 4 if "mse" in measure else 2
         cells = [shown(by_method[m].values(), digits) if m in by_method else "" for m in methods]
+        for at, method in enumerate(methods):
+            if method in BASELINES.values() and method in by_method:
+                cells[at] = f"{np.mean(list(by_method[method].values())):.{digits}f}"
         lines.append(f"| {measure} | {' | '.join(cells)} |")
         own, paired = by_method.get(base, {}), []
         for method in methods:
@@ -152,8 +163,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> list[st
             paired.append(shown((own[s] - by_method[method][s] for s in sorted(both)), digits) if both else "")
         if any(paired):
             lines.append(f"| {NAMES.get(base, base)} minus this | {' | '.join(paired)} |")
-    seeds = {len(by_seed) for measure in results.values() for by_seed in measure.values()}
-    return [*lines, "", f"Seeds: {min(seeds)}" + (f" to {max(seeds)}." if max(seeds) > min(seeds) else ".")]
+    return lines
 
 
 def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str], dict]:
@@ -161,6 +171,9 @@ def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str
     found = {}
     for part, task in plot.unique((row["part"], row["task"]) for row in values):
         rows = [row for row in values if (row["part"], row["task"]) == (part, task)]
+        if part == "masks":  # they differ from HRSSM's runs of another part in the mask alone
+            same = ("control", task, BASE)
+            rows += [row for row in values if (row["part"], row["task"], row["method"]) == same]
         by_metric = found.setdefault((part, task), {})
         for metric in plot.unique(row["metric"] for row in rows):
             runs = {}
@@ -216,7 +229,7 @@ def draw_curves(values: list[dict], part: str, metrics: tuple[str, ...], label: 
             name = f"{NAMES.get(method, method)} ({plot.plural(len(runs))})"
             axis.plot(steps, mean, color=color, lw=1.8, marker="o", ms=3, label=name)
         axis.set_title(task, fontsize=10)
-        axis.set_xlabel("updates" if part == "representation" else "environment frames")
+        axis.set_xlabel("environment frames")
         axis.xaxis.set_major_formatter(plot.frames)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, frameon=False)

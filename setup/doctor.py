@@ -16,10 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
-
-from packaging.requirements import Requirement
 
 SETUP = Path(__file__).resolve().parent
 INSTALL = f"rm -r {SETUP.parent / '.venv'}, then run setup/run.sh again"
@@ -42,6 +40,8 @@ def check_python() -> Iterator[Line]:
 
 def check_packages() -> Iterator[Line]:
     """Every requirement is installed in exactly the pinned version (local build tags such as +cpu are ignored)."""
+    from packaging.requirements import Requirement
+
     text = "".join(p.read_text() for p in sorted(SETUP.glob("requirements*.txt")))
     requirements = [Requirement(line) for line in re.findall(r"^\w.*", text, re.M)]
     pins = {r.name: str(r.specifier)[2:] for r in requirements if r.marker is None or r.marker.evaluate()}
@@ -57,11 +57,8 @@ def check_packages() -> Iterator[Line]:
 
 
 def check_torch() -> Iterator[Line]:
-    try:
-        import torch
-    except ImportError as error:
-        yield "FAIL", f"torch: {error}", INSTALL
-        return
+    import torch
+
     cores = len(os.sched_getaffinity(0))
     yield "ok", f"torch {torch.__version__}, {cores} CPU cores, {torch.get_num_threads()} threads", ""
     if torch.cuda.is_available():
@@ -175,10 +172,18 @@ CHECKS = [
 def main() -> int:
     failed = False
     for check in CHECKS:
-        for status, text, fix in check():
+        for status, text, fix in run(check):
             failed |= status == "FAIL"
             print(f"{status:4}  {text}" + (f"  ->  {fix}" if status != "ok" else ""), flush=True)
     return int(failed)
+
+
+def run(check: Callable[[], Iterator[Line]]) -> Iterator[Line]:
+    """The lines of a check; a package that it needs and that is missing is one of them."""
+    try:
+        yield from check()
+    except ImportError as error:
+        yield "FAIL", f"{check.__name__.removeprefix('check_')}: {error}", INSTALL
 
 
 if __name__ == "__main__":

@@ -197,6 +197,7 @@ def get_davis(folder: Path, source: str | None) -> None:
     lacking = [name for name in DAVIS if not any((folder / "DAVIS/JPEGImages/480p" / name).glob("*.jpg"))]
     if lacking:
         raise DownloadError(f"{source or DAVIS_URL} lacks {len(lacking)} of {len(DAVIS)} videos, such as {lacking[0]}")
+    (folder / assets.GENERATED).unlink(missing_ok=True)
 
 
 def get_kinetics(folder: Path, source: str | None) -> None:
@@ -218,7 +219,7 @@ def driving_car(root: Path) -> list[Path]:
     clips = [clip for folder in folders for clip in folder.glob("*.mp4")]
     for table in [] if clips else root.rglob("train*.csv"):
         with table.open() as file:
-            ids = {row["youtube_id"] for row in csv.DictReader(file) if row.get("label") == "driving car"}
+            ids = {row.get("youtube_id") for row in csv.DictReader(file) if row.get("label") == "driving car"}
         clips += [clip for clip in root.rglob("*.mp4") if clip.stem[:11] in ids]
     return sorted(clips)
 
@@ -272,13 +273,14 @@ def get_demo(folder: Path, source: str | None) -> None:
         tables = {"color_easy": random_colors(rng, 0.1), "color_hard": random_colors(rng, 0.2)}
         write_text(target / "colors.json", json.dumps(tables))
         write_text(target / assets.GENERATED, "")
-    if not (assets.root() / "davis").exists():
+    pictures = assets.root() / "davis/DAVIS/JPEGImages/480p"
+    if not pictures.exists() or (assets.root() / "davis" / assets.GENERATED).exists():
+        write_text(assets.root() / "davis" / assets.GENERATED, "")  # first: an interrupted call leaves a part
         for name in (*DAVIS, *DAVIS_VALIDATION):
-            video_folder = assets.root() / "davis/DAVIS/JPEGImages/480p" / name
+            video_folder = pictures / name
             video_folder.mkdir(parents=True, exist_ok=True)
             for t, frame in enumerate(landscape(rng, 6)):
                 cv2.imwrite(str(video_folder / f"{t:05d}.jpg"), frame[..., ::-1])
-        write_text(assets.root() / "davis" / assets.GENERATED, "")
     # Rooms need trimesh, which comes with ManiSkill2.
     if importlib.util.find_spec("trimesh") and not any((assets.root() / "matterport").glob("*.glb")):
         for i in range(4):

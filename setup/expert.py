@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("expert.npz"), help="file to write (expert.npz)")
     args = parser.parse_args(argv)
     try:
+        if args.directions < 1:
+            raise EnvError(f"--directions takes at least 1, not {args.directions}")
         suite, _, rest = args.task.partition("_")
         if suite != "gym":
             raise EnvError(f"{args.task}: only gym_ tasks are searched, such as gym_HalfCheetah-v5")
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         name, arguments = gymnasium_tasks.split_arguments(rest)
         env = gymnasium.make(name, disable_env_checker=True, **arguments)
         box = gymnasium.spaces.Box
-        if not (isinstance(env.observation_space, box) and isinstance(env.action_space, box)):
+        spaces = env.observation_space, env.action_space
+        if not all(isinstance(space, box) and len(space.shape) == 1 for space in spaces):
             raise EnvError(f"{args.task} needs a vector observation and continuous actions")
         best = search(env, args.out, 60.0 * args.minutes, args.steps, args.directions, args.seed)
     except (EnvError, OSError) as error:

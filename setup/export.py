@@ -34,14 +34,14 @@ def weights(logdir: Path) -> dict[str, Tensor]:
 
 
 def evaluation_rows(logdir: Path) -> list[dict]:
-    """Rows of metrics.jsonl with evaluations, and of them `step` and the evaluations only."""
+    """Rows of metrics.jsonl, and of them `step` and evaluations only."""
     rows = []
     for line in (logdir / "metrics.jsonl").read_text(errors="replace").splitlines():
         try:
             row = {key: value for key, value in json.loads(line).items() if key == "step" or key.startswith("eval/")}
         except (ValueError, AttributeError):
             continue
-        rows += [row] if len(row) > 1 else []
+        rows.append(row)
     return rows
 
 
@@ -50,7 +50,7 @@ def results(final: dict | None, rows: list[dict], task: str) -> list[tuple[str, 
     if final:
         found = final["evaluations"].items()
         return [(name, r["task"], r["mean"], r["std"], len(r["returns"])) for name, r in found]
-    last = rows[-1] if rows else {}
+    last = next((row for row in reversed(rows) if len(row) > 1), {})
     names = [key.removesuffix("/return") for key in last if key.endswith("/return")]
     return [(n, task, last[f"{n}/return"], last[f"{n}/return_std"], int(last[f"{n}/episodes"])) for n in names]
 
@@ -70,18 +70,20 @@ def card(saved: dict, final: dict | None, rows: list[dict], video: str | None, l
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())  # JSON is YAML
     table = "\n".join(f"| {name} | {of} | {mean:.1f} | {std:.1f} | {n} |" for name, of, mean, std, n in found)
     source = "the final evaluation (`final_eval.json`)" if final else "the last evaluation during training"
-    changes = tools.flatten(config).items()
+    changes = {key: value for key, value in tools.flatten(config).items() if key != "logdir"}.items()
     defaults = {key: option.default for key, option in tools.read_options()[0].items()}
     options = "\n".join(f"| `{key}` | `{value}` |" for key, value in changes if value != defaults.get(key, value))
-    git, frames = started["git"], rows[-1]["step"] if rows else 0
+    git, steps = started["git"], rows[-1]["step"] if rows else 0
+    trained = f"on `{config['task']}` for {steps:,} environment frames"
+    if config.get("offline_traindir"):
+        trained = f"on logged episodes for {steps:,} updates"
     versions = ", ".join(f"{name} {version}" for name, version in started["versions"].items())
     return f"""---
 {yaml}
 ---
 # {config["method"]} on {config["task"]}
 
-A world-model agent ({config["method"]}, seed {config["seed"]}) trained on `{config["task"]}` for {frames:,} environment
-frames.
+A world-model agent ({config["method"]}, seed {config["seed"]}) trained {trained}.
 
 | evaluation | task | mean return | standard deviation | episodes |
 |---|---|---|---|---|
@@ -123,7 +125,7 @@ def export(logdir: Path, out: Path, license_name: str) -> None:
     with open(out / "curves.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["step", *sorted({key for row in rows for key in row} - {"step"})])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row for row in rows if len(row) > 1)
     videos = sorted((logdir / "video").glob("eval*policy_*.mp4"), key=lambda path: path.stat().st_mtime)
     if videos:
         shutil.copy(videos[-1], out / "replay.mp4")  # the name that the Hub shows

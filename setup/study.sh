@@ -21,7 +21,7 @@ usage: setup/study.sh --out DIR [--clips GLOB] [--seeds 0,1,2] [--tasks A,B] [--
 
   All parts in this order by default; seeds are the outermost loop, so that an unfinished study is balanced.
   --clips   background videos (default: those of video_hard, python setup/download.py dmcgs); a fifth is held out
-  --tasks, --methods  only these of a part
+  --tasks, --methods  only these of a part; part data has one method, whatever --methods names
   --upstream  a checkout of github.com/bit1029public/HRSSM; without it this part is left out
   --status  how much of each part is finished, here or in figures/results
 END
@@ -34,7 +34,7 @@ die() {
 
 {
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
-out='' seeds=0,1,2 tasks='' methods='' jobs=1 upstream='' status='' parts=()
+out='' seeds=0,1,2 tasks='' methods='' jobs=1 upstream='' status='' failed=0 parts=()
 clips=${HRSSM_ASSETS:-$HOME/.cache/hrssm}/dmcgs/video_hard/*.mp4
 all=(data representation control upstream masks sparse offline breakout measure tables)
 while [ $# -gt 0 ]; do
@@ -59,7 +59,7 @@ discrete=(--actor_dist=onehot --imag_gradient=reinforce)
 # The tasks and methods of a part, one per line.
 only() { if [ -n "$1" ]; then grep -Fx "${1//,/$'\n'}" || true; else cat; fi; }
 tasks_of() { all_tasks_of "$1" | tr , '\n' | only "$tasks"; }
-methods_of() { all_methods_of "$1" | tr , '\n' | only "$methods"; }
+methods_of() { all_methods_of "$1" | tr , '\n' | if [ "$1" = data ]; then cat; else only "$methods"; fi; }
 all_tasks_of() {
   case $1 in
   data | representation) echo dmc_cartpole_balance_video,dmc_walker_stand_video,dmc_cheetah_run_video ;;
@@ -177,9 +177,20 @@ sweep() {
     mapfile -t options <<<"$(options_of "$1" "$task")"
     [[ $task = *_video || $1 != control ]] || options=("${options[@]:0:2}")
     "$root/setup/sweep.sh" --logdir "$out/$1" --tasks "$task" --methods "$chosen" --seeds "$2" --jobs "$jobs" \
-      -- "${options[@]}"
+      -- "${options[@]}" || { [ $? = 1 ] && failed=1; } # a run that fails does not hold up the others
   done
 }
+
+# Every name that --tasks or --methods lists is one of some part.
+known() {
+  local name names part
+  names=$(for part in "${all[@]:0:8}"; do "all_${1}s_of" "$part" | tr , '\n'; done | sort -u)
+  for name in ${2//,/ }; do
+    grep -qFx -- "$name" <<<"$names" || die "no part has the $1 $name: there is" ${names//$'\n'/, }
+  done
+}
+known task "$tasks"
+known method "$methods"
 
 if [ -n "$status" ]; then
   results=$root/figures/results/study_runs.csv
@@ -229,8 +240,8 @@ for part in "${parts[@]}"; do
   measure)
     for task in $(tasks_of representation); do
       runs=("$out/representation/$task"/*/*/sweep.done)
-      python "$root/figures/robustness.py" "${runs[@]%/sweep.done}" --player "$out/data/$task/full/0" \
-        --episodes 0 --out "$out/robustness_$task.png"
+      [ ! -e "${runs[0]}" ] || python "$root/figures/robustness.py" "${runs[@]%/sweep.done}" \
+        --player "$out/data/$task/full/0" --episodes 0 --out "$out/robustness_$task.png"
     done
     ;;
   tables)
@@ -240,5 +251,5 @@ for part in "${parts[@]}"; do
     ;;
   esac
 done
-exit
+exit "$failed"
 }

@@ -215,6 +215,9 @@ def test_final_evaluation_is_made_once_and_repeats(finished, capsys):
         path.unlink()
         assert dreamer.main(again) == 0
         assert tools.read_final_evaluation(logdir)["evaluations"] == first["evaluations"]
+    before = path.read_text()
+    assert dreamer.main(["--eval_only", "--eval_noise", "0.9", "--logdir", str(logdir)]) == 0
+    assert path.read_text() == before, "only --final_episodes asks for another"
     assert "dmc_walker_stand_video unseen" in capsys.readouterr().out
 
 

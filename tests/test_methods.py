@@ -230,6 +230,8 @@ def test_flags_of_other_methods_are_named(capsys):
     weights = ["--decoder_scale=10", "--motion_weight", "50"]
     dreamer.warn_idle_options("rssm", weights, "internal")
     assert not capsys.readouterr().err
+    dreamer.warn_idle_options("hrssm", [], "frozen")
+    assert "--autoencoder frozen: the agent sees codes" in capsys.readouterr().err
     for autoencoder, idle in (("external", 1), ("none", 2)):
         dreamer.warn_idle_options("rssm", weights, autoencoder)
         assert capsys.readouterr().err.count(" has no effect ") == idle

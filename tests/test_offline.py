@@ -91,6 +91,13 @@ def minari(folder: Path, rows: Rows) -> Rows:
     return rows | {"reward": np.concatenate([[np.float32(0)], rows["reward"][1:]])}
 
 
+def minari_ends(folder: Path, rows: Rows) -> Rows:
+    """The same, but whether a state is terminal stands beside its picture."""
+    late = {key: rows[key][1:] for key in ("action", "reward")}
+    np.savez(folder / "a.npz", **rows | late)
+    return rows | {"reward": np.concatenate([[np.float32(0)], rows["reward"][1:]])}
+
+
 def vd4rl_84(folder: Path, rows: Rows) -> Rows:
     """84 pixels, channel first; a picture of constant colour stays so when it is scaled."""
     image = np.repeat(np.repeat(rows["image"][:, :1, :1], 84, 1), 84, 2)
@@ -102,13 +109,13 @@ def vd4rl_84(folder: Path, rows: Rows) -> Rows:
     return {k: v for k, v in rows.items() if k != "state"} | {"image": image[:, :16, :16]}
 
 
-FORMATS = [ours, upstream, old_vd4rl, bare, departure, minari, vd4rl_84]
+FORMATS = [ours, upstream, old_vd4rl, bare, departure, minari, minari_ends, vd4rl_84]
 
 
 @pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
 def test_format_is_read(write, tmp_path):
     expected = write(tmp_path, make_rows())
-    actions = "departure" if write in (departure, minari) else "arrival"
+    actions = "departure" if write in (departure, minari, minari_ends) else "arrival"
     (found,) = load(tmp_path, actions=actions)
     assert same(found, {key: found[key] for key in expected} | expected)
 
@@ -472,6 +479,50 @@ def test_changed_episodes_are_refused(data, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_an_added_measure_has_a_column_of_its_own(data, tmp_path):
+    """`--offline_object` may come with a resumed run; what was measured before stays where it was."""
+    options = [f"--offline_traindir={data}", "--method=dreamer"]
+    assert run(tmp_path, *options, "--steps", "4") == 0
+    with open(tmp_path / "openloop.csv") as file:
+        before = list(csv.DictReader(file))
+    assert run(tmp_path, *options, "--offline_object", "r-b>40") == 0
+    with open(tmp_path / "openloop.csv") as file:
+        after = list(csv.DictReader(file))
+    assert [{key: row[key] for key in before[0]} for row in after[: len(before)]] == before
+    assert after[0]["object_mse"] == "" and np.isfinite(float(after[-1]["object_mse"])) and len(after) > len(before)
+
+
+def test_grey_episodes_are_filmed(tmp_path):
+    for seed in range(2):
+        rows = make_rows(24, seed=seed)
+        write_episode(tmp_path / "data", rows | {"image": rows["image"][..., :1]})
+    options = [f"--offline_traindir={tmp_path / 'data'}", "--method=dreamer", "--steps=4"]
+    assert run(tmp_path / "log", *options) == 0
+    assert len(list((tmp_path / "log/video").glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--offline_state reward", "these episodes hold state, and pictures, rewards and flags"),
+    ("--offline_state image", "these episodes hold state"),
+    ("--offline_object r-b>40", "have no colours"),
+    ("--offline_evaldir {other}", "do not fit: action, state differs in shape"),
+    ("--offline_evaldir {bare}", "do not fit: reward differs in shape or is in one of them only"),
+])  # fmt: skip
+def test_what_does_not_fit_the_episodes_is_refused(options, message, tmp_path, capsys):
+    for seed in range(2):
+        rows = make_rows(24, seed=seed)
+        rows["image"] = rows["image"][..., :1]
+        write_episode(tmp_path / "data", rows)
+        write_episode(tmp_path / "bare", {key: rows[key] for key in rows.keys() - {"reward"}})
+        other = {"action": np.pad(rows["action"], ((0, 0), (0, 1))), "state": rows["state"][:, :3]}
+        write_episode(tmp_path / "other", rows | other)
+    options = options.format(other=tmp_path / "other", bare=tmp_path / "bare").split()
+    options += [f"--offline_traindir={tmp_path / 'data'}", "--method=dreamer", "--simple_log"]
+    assert run(tmp_path / "log", *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
 def test_without_rewards_two_losses_are_left_out(tmp_path, capsys):
     for seed in range(3):
         rows = make_rows(16, seed=seed)
@@ -498,6 +549,14 @@ def test_hold_out(data, tmp_path):
         exploration.load_logged(make_config(*OFFLINE.split(), "--offline_traindir", str(single)))
     write_episode(single, make_rows(10))
     write_episode(single, make_rows(10))
+    with_short = tmp_path / "with_short"
+    for length in [1] * 8 + [6, 7]:
+        write_episode(with_short, make_rows(length))
+    for seed in range(4):  # episodes of one row have no part in the draw
+        options = [*OFFLINE.split(), "--offline_traindir", str(with_short), "--seed", str(seed)]
+        with pytest.warns(UserWarning, match="8 episodes of a single row"):
+            logged = exploration.load_logged(make_config(*options))
+        assert (logged.replay.num_episodes, len(logged.held_out)) == (1, 1)
     short = exploration.load_logged(make_config(*OFFLINE.split(), "--offline_traindir", str(single), "--seed", "1"))
     with pytest.raises(tools.UserError, match="no held-out episode has more than 10 rows"):
         models.measure_windows(make_agent().world_model, None, short.held_out)
@@ -519,6 +578,11 @@ def test_a_policy_that_is_trained_offline_is_evaluated_in_its_task(tmp_path, cap
     assert run(tmp_path / "log", *options, "--steps", "4") == 0
     rows = read_rows(tmp_path / "log")
     assert sum("eval/return" in row for row in rows) == 2 and any("loss/actor_loss" in row for row in rows)
+    # A stop does not repeat the starts of the evaluation.
+    assert run(tmp_path / "log", *options, "--steps", "8") == run(tmp_path / "once", *options, "--steps", "8") == 0
+    assert read_rows(tmp_path / "log") == read_rows(tmp_path / "once")
+    assert dreamer.main(["--eval_only", "--simple_log", "--logdir", str(tmp_path / "once")]) == 0
+    assert json.loads((tmp_path / "once/eval_only.json").read_text())["step"] == 8
 
 
 def test_runs_are_compared_on_logged_episodes(data, tmp_path, capsys):
@@ -547,6 +611,50 @@ def test_runs_are_compared_on_logged_episodes(data, tmp_path, capsys):
     capsys.readouterr()
     assert openloop.main(["--data", str(tmp_path / "other"), "--runs", logdirs[2], "--out", str(out)]) == 0
     assert "6 episodes, 2 of them held out" in capsys.readouterr().out
+    # Held out now may be what was trained on, once the folder holds more.
+    write_episode(tmp_path / "grown", make_rows(24, seed=1))
+    write_episode(tmp_path / "grown", make_rows(24, seed=2))
+    grown = ["--offline_traindir", str(tmp_path / "grown"), "--steps", "4", "--simple_log", "--method", "dreamer"]
+    assert run(tmp_path / "log", *grown) == 0
+    write_episode(tmp_path / "grown", make_rows(24, seed=3))
+    argv = ["--data", str(tmp_path / "grown"), "--runs", str(tmp_path / "log"), "--out", str(out)]
+    assert openloop.main(argv) == 2 and "the logged episodes are not those of this run" in capsys.readouterr().err
     for argv in (["--data", str(data)], [logdirs[0], "--data", str(data), "--runs", logdirs[0]], []):
         assert openloop.main([*argv, "--out", str(out)]) == 2
         assert "name a LOGDIR, or --data with --runs" in capsys.readouterr().err
+
+
+def measured(logdir: str, values: np.ndarray, **options) -> openloop.Compared:
+    """A run with squared errors (episodes, horizons)."""
+    config = make_config(*OFFLINE.split(), *(f"--{key}={value}" for key, value in options.items()))
+    found = {"open_mse": values, "kl": np.zeros_like(values), "episode": np.arange(len(values))}
+    return openloop.Compared(logdir, config, found, np.zeros(0), np.zeros(0))
+
+
+def test_compared_runs_are_grouped_by_what_differs():
+    """Folders do not decide, nor is a run on other episodes or of other length a further seed."""
+    values = np.zeros((2, 3))
+    runs = [measured(f"log/{m}{s}", values, seed=s, method=m) for m in ("rssm", "hrssm") for s in (0, 1)]
+    runs += [measured("log/other", values, offline_traindir="other"), measured("log/long", values, steps=80)]
+    groups = {name: [run.logdir for run in found] for name, found in openloop.group(runs).items()}
+    assert groups == {
+        "rssm0": ["log/rssm0", "log/rssm1"],
+        "hrssm0": ["log/hrssm0", "log/hrssm1"],
+        "other": ["log/other"],
+        "long": ["log/long"],
+    }
+
+
+def test_seeds_measured_on_the_same_episodes_add_no_episodes():
+    """Of equal runs the interval is that of one: that of a baseline, which is the same for each."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(10, 1)) + np.zeros(3)
+    values[0, 2] = np.nan  # an episode that ends
+    one, many = (openloop.curve([measured("a", values)] * n, "open_mse") for n in (1, 15))
+    assert np.allclose(one[0], np.nanmean(values, 0)) and np.allclose(one[0], many[0])
+    half = (one[2] - one[1]) / 2
+    assert np.allclose((many[2] - many[1]) / 2, half, rtol=0.1)
+    assert np.allclose(half, 1.96 * np.nanstd(values, 0) / np.sqrt([10, 10, 9]), rtol=0.15)
+    # Runs that differ count as well: three whose means are -1, 0 and 1.
+    spread = openloop.curve([measured("a", values + shift) for shift in (-1, 0, 1)], "open_mse")
+    assert np.allclose(spread[0], one[0]) and (spread[2] - spread[1] > 1.5 * (one[2] - one[1])).all()

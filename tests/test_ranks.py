@@ -12,6 +12,7 @@ import torch.multiprocessing
 
 import hrssm
 import networks
+import tools
 from tests.helpers import ROOT, make_agent, make_batch
 
 ROWS = 4
@@ -102,6 +103,16 @@ def test_torchrun_trains_and_resumes(tmp_path):
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, shards[1]["agent"][key]), key
     assert shards[0]["replay"]["rng"] != shards[1]["replay"]["rng"]
+    # Killed twice between their saves: rank 1 is ahead, goes back, and keeps what rank 0 has.
+    first = torch.load(tmp_path / "latest.prev.pt", weights_only=True)["count"]["policy_step"]
+    (tmp_path / "latest.prev.pt").replace(tmp_path / "latest.pt")
+    rows = run(320)
+    assert rows[-1]["step"] >= 320
+    kept = [tools.load_checkpoint(tmp_path / f"rank1/{name}.pt")["count"]["policy_step"] for name in ("latest.prev",)]
+    assert kept == [first]
+    alone = [sys.executable, *command[command.index(str(ROOT / "dreamer.py")) :], "--steps", "400"]
+    done = subprocess.run(alone, capture_output=True, text=True, env=environ)
+    assert done.returncode == 2 and "a run of 2 processes, not 1" in done.stderr.splitlines()[-1]
     anew = run(80, "--fresh")  # both ranks leave the old run together
     assert [row["step"] for row in anew][-1] < 160 and anew[0] != rows[-1]
     for folder in ("", "rank1/"):

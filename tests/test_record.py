@@ -220,6 +220,8 @@ def test_minari_dataset_is_recorded(tmp_path, monkeypatch):
     for rows, episode in zip(found, minari.load_dataset("test/cheetah-v0").iterate_episodes(), strict=True):
         assert np.allclose(rows["state"], episode.observations) and np.allclose(rows["action"][1:], episode.actions)
         assert np.allclose(rows["reward"][1:], episode.rewards) and rows["image"].shape == (7, 16, 16, 3)
+    (last,) = record.from_minari("test/cheetah-v0", make_env(), 1)
+    assert equal(last, found[1])
     for rows in found:
         write_episode(tmp_path / "data", rows)
     assert all(equal({key: a[key] for key in b}, b) for a, b in zip(found, load(tmp_path / "data"), strict=True))
@@ -237,5 +239,6 @@ def test_expert_is_searched(tmp_path, capsys):
     env.reset(seed=0)
     nothing = expert.play(env, np.zeros((1, 4)), np.zeros(4), np.ones(4), 100, [])
     assert best > 2 * nothing
+    assert expert.main([*argv, "--directions", "0"]) == 2 and "at least 1" in capsys.readouterr().err
     assert expert.main(["--task", "dmc_walker_walk"]) == 2 and "only gym_ tasks" in capsys.readouterr().err
     assert expert.main(["--task", "gym_NoSuch-v0"]) == 2 and "unknown task" in capsys.readouterr().err

@@ -545,5 +545,5 @@ def test_smoothing_without_an_ended_episode_says_what_to_do():
     replay.smoothing = "ema"
     step(replay, [env := CountingEnv(0, [5])])
     step(replay, [env])
-    with pytest.raises(tools.UserError, match="--prefill must be at least as large as the first episodes are long"):
+    with pytest.raises(tools.UserError, match="--prefill must be at least as large as the first episodes of all"):
         replay.sample()

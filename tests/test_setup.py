@@ -145,6 +145,13 @@ def test_doctor_is_content_here():
         assert "ok    rms_* and ms_* tasks, rendering on" in result.stdout
 
 
+def test_doctor_speaks_also_where_nothing_is_installed():
+    result = run(sys.executable, "-S", SETUP / "doctor.py")  # without site-packages
+    lines = result.stdout.splitlines()
+    assert result.returncode == 1 and not result.stderr and len(lines) >= 8
+    assert any(line.startswith("FAIL  torch: No module named 'torch'") for line in lines)
+
+
 def test_doctor_tells_what_fails(monkeypatch, capsys):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")

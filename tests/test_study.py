@@ -116,7 +116,30 @@ def test_status_counts_runs_here_and_in_the_committed_table(checkout, tmp_path):
     assert found["control"] == ["2", "48"] and found["representation"] == ["0", "60"]
 
 
-@pytest.mark.parametrize("arguments", ["--seeds x", "--frames 3", "controls", "--jobs"])
+def test_a_failed_run_does_not_hold_up_the_others(checkout, tmp_path):
+    """The rest of the part, the other seeds and the tables still come, and the exit status says that one failed."""
+    program = tmp_path / "dreamer.py"
+    program.write_text(program.read_text() + "sys.exit('/hrssm/3' in ' '.join(sys.argv))\n")
+    for name in ("figures/robustness.py", "figures/study.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(RECORD.format(path=str(tmp_path / f"{Path(name).stem}.jsonl")))
+    done = checkout("--seeds 3,4 --tasks dmc_walker_stand --methods hrssm,rssm control measure tables")
+    assert done.returncode == 1
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    runs = [tools.load_config(call).logdir.split("/")[-2:] for call in calls]
+    assert runs == [["hrssm", "3"], ["rssm", "3"], ["hrssm", "4"], ["rssm", "4"]]
+    assert (tmp_path / "study.jsonl").exists(), "nothing to measure is no error"
+    assert not (tmp_path / "robustness.jsonl").exists()
+
+
+def test_data_are_collected_whatever_the_methods(checkout, tmp_path):
+    found = counts(checkout("--status --seeds 0 --methods rssm,dreamer"))
+    assert (found["data"][1], found["representation"][1], found["masks"][1]) == ("3", "6", "0")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--seeds x", "--frames 3", "controls", "--jobs", "--tasks walker", "--status --methods hrssm,drssm"]
+)
 def test_bad_arguments(arguments, checkout):
     done = checkout(arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -143,9 +166,9 @@ def test_tables(runs, capsys):
     out = runs / "out"
     assert study.main([str(runs / "study"), "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "| | DreamerV3 | HRSSM |" in text and "eval/return at 200 frames" in text
+    assert "| | DreamerV3 (3 runs) | HRSSM (3 runs) |" in text and "eval/return at 200 frames" in text
     assert "| HRSSM minus this | 10.0 [10.0, 10.0] |  |" in text  # paired: seeds differ much more than methods
-    assert "| 300.0 [100.0, 600.0] | 310.0 [110.0, 610.0] |" in text and "Seeds: 3." in text
+    assert "| 300.0 [100.0, 600.0] | 310.0 [110.0, 610.0] |" in text
     assert len(rows(out / "study_runs.csv")) == 6 and len(rows(out / "study_values.csv")) == 14
     commands = [row["command"] for row in rows(out / "study_runs.csv")]
     assert not any(str(runs) in command for command in commands) and all("--seed" in command for command in commands)
@@ -176,18 +199,33 @@ def test_tables_keep_runs_of_other_machines_and_take_new_values(runs, capsys):
     after = (out / "study_values.csv").read_text()
     assert after == before.replace("hrssm,0,200,eval/return,110", "hrssm,0,200,eval/return,111") != before
     assert study.main(["--out", str(out)]) == 0 and (out / "study_values.csv").read_text() == after
+    write_run(path, [1.0], seed=0, method="hrssm")  # measured again, shorter: no row of the longer one stays
+    assert study.main([str(runs / "study"), "--out", str(out)]) == 0
+    assert "hrssm,0,200," not in (out / "study_values.csv").read_text()
 
 
-def test_robustness_of_runs_is_taken_over(runs, capsys):
+def test_robustness_of_runs_is_taken_over(runs, capsys, monkeypatch):
     logdir = runs / "study/control/dmc_walker_stand"
     lines = ["run,task,clips,measure,value,low,high,n"]
     for run, value in (("hrssm/0", 0.5), ("dreamer/0", 0.25), ("hrssm/0 untrained", 0.1), ("dreamer/0 untrained", 0.1)):
         lines.append(f"{logdir}/{run},dmc_walker_stand,unseen,denoising_factor,{value},0,1,8")
     (runs / "study/robustness_a.csv").write_text("\n".join(lines))
-    assert study.main([str(runs / "study"), "--out", str(runs / "out")]) == 0
-    text = capsys.readouterr().out
-    assert "denoising factor, unseen clips | 0.25 | 0.50 | 0.10 |" in text
-    assert "| HRSSM minus this | 0.25 |  | 0.40 |" in text
+    monkeypatch.chdir(runs / "study")
+    for folder in (runs / "study", ".", "../study"):  # however it was written
+        (runs / "out/study_robustness.csv").unlink(missing_ok=True)
+        assert study.main([str(folder), "--out", str(runs / "out")]) == 0
+        text = capsys.readouterr().out
+        assert "denoising factor, unseen clips | 0.25 | 0.50 | 0.10 |" in text
+        assert "| HRSSM minus this | 0.25 |  | 0.40 |" in text
+
+
+def test_masks_are_compared_with_the_runs_of_control():
+    rows = [
+        {"part": part, "task": "a", "method": method, "seed": "0", "step": "10", "metric": "eval/return", "value": v}
+        for part, method, v in (("control", "hrssm", "5"), ("control", "rssm", "1"), ("masks", "mask_ratio=0.3", "2"))
+    ]
+    text = study.table(study.last_values(rows, [])["masks", "a"], study.BASE)
+    assert text[0] == "| | mask_ratio=0.3 (1 run) | HRSSM (1 run) |" and text[-1] == "| HRSSM minus this | 3.0 |  |"
 
 
 def test_baselines_of_pictures_are_columns_beside_the_models():
@@ -204,9 +242,9 @@ def test_baselines_of_pictures_are_columns_beside_the_models():
         f"offline/{n} at 10 updates" for n in ("open_mse", "open_mse_5", "moving_mse", "reward_r2")
     ]
     text = "\n".join(study.table(results, study.BASES["offline"]))
-    assert "| | autoencoder=internal | last picture seen | mean picture |" in text
+    assert "| | autoencoder=internal (2 runs) | last picture seen | mean picture |" in text
     assert "| autoencoder=internal minus this |  | -2.0000 [-2.0000, -2.0000] |  |" in text
-    assert "| offline/open_mse_5 at 10 updates | 2.5000 [2.0000, 3.0000] |  | 3.0000 [2.5000, 3.5000] |" in text
+    assert "| offline/open_mse_5 at 10 updates | 2.5000 [2.0000, 3.0000] |  | 3.0000 |" in text
 
 
 def test_nothing_to_tabulate(tmp_path, capsys):

@@ -473,6 +473,8 @@ def test_a_trained_agent_acts_in_three_lines(trained, capsys):
     agent.env.close()
     with pytest.raises(tools.UserError, match="holds no run"):
         dreamer.load(trained / "video")
+    with pytest.raises(tools.UserError, match="unknown option eval_nois: did you mean eval_noise?"):
+        dreamer.load(trained, eval_nois=0.3)
 
 
 def test_open_loop_of_a_finished_run(trained, tmp_path, capsys):
@@ -486,15 +488,16 @@ def test_open_loop_of_a_finished_run(trained, tmp_path, capsys):
 
 
 def test_evaluation_on_other_tasks(tmp_path):
-    tasks = "dmc_cartpole_balance,dmc_cartpole_balance_sensor_cs,dmc_cartpole_swingup"
+    tasks = "dmc_cartpole_balance,dmc_cartpole_balance_sensor_cs,dmc_cartpole_swingup_sensor_cs"
     done = run(tmp_path, "--steps", "100", "--eval_task", tasks, "--robustness_every", "100")
     assert done.returncode == 0, done.stderr
-    names = ["clean", "sensor_cs", "swingup_clean"]
+    names = ["clean", "sensor_cs", "swingup_sensor_cs"]
     rows = [row for row in read_rows(tmp_path) if "eval/clean/return" in row]
     assert rows and all(f"eval/{name}/return" in row for row in rows for name in names)
     assert "eval/return" not in rows[-1]
     found = [row for row in read_rows(tmp_path) if "robustness/sensor_cs/denoising_factor" in row]
     assert [row["step"] for row in found] == [100]
+    assert all("robustness/swingup_sensor_cs/denoising_factor" in row for row in found)
     assert all(list((tmp_path / "video").glob(f"*{name}*")) for name in names)
     table = run(tmp_path, "--eval_only", "--eval_task", tasks).stdout.splitlines()[-4:-1]
     assert [line.split()[0] for line in table] == tasks.split(",")
