@@ -412,10 +412,10 @@ def plural(runs: int) -> str:
 
 def draw_curve(axis, points: list[Point], label: str, color: str, marker: str) -> None:
     steps, mean, low, high = np.array([point[:4] for point in points]).T
-    until = sum(point.complete for point in points)
+    complete = np.array([point.complete for point in points])
     style = {"color": color, "marker": marker, "markersize": 3}  # a single point has no line to see
-    axis.plot(steps[:until], mean[:until], label=label, **style)
-    axis.plot(steps[max(0, until - 1) :], mean[max(0, until - 1) :], alpha=0.35, zorder=1.5, **style)
+    axis.plot(steps, np.where(complete, mean, np.nan), label=label, **style)
+    axis.plot(steps, mean, alpha=0.35, zorder=1.5, **style)
     axis.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
 
 
