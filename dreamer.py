@@ -458,6 +458,12 @@ def make_eval_envs(config, evaluated: Evaluated, stream: str = "eval", start: in
     return make_envs(config, stream, start, evaluated.task, unseen=evaluated.clips == "unseen")
 
 
+def evaluation_metrics(name: str, metrics: dict[str, float]) -> dict[str, float]:
+    """`eval/...` of an evaluation called `name`; that on clips of training counts as `eval/return` too."""
+    prefixes = ("eval/seen/", "eval/") if name == "seen" else (f"eval/{name}/" if name else "eval/",)
+    return {prefix + key: value for prefix in prefixes for key, value in metrics.items()}
+
+
 def evaluation_states(vecs: dict[str, envs.Vector]) -> dict[str, list[dict]]:
     """State of the evaluation environments for a checkpoint, taken after each evaluation: an interrupted one starts
     over."""
@@ -1033,9 +1039,7 @@ class Run:
             return False
         for name, (metrics, frames, rows) in results.items():
             prefix = f"eval/{name}/" if name else "eval/"
-            self.logger.scalars({prefix + key: value for key, value in metrics.items()})
-            if name == "seen":  # what `eval/return` is without held-out clips
-                self.logger.scalars({f"eval/{key}": value for key, value in metrics.items()})
+            self.logger.scalars(evaluation_metrics(name, metrics))
             if frames is not None:
                 self.logger.video(f"{prefix}policy", frames)
             if rows:
@@ -1276,7 +1280,7 @@ class OfflineRun:
             return False
         self.logger.scalars({f"offline/{key}": value for key, value in metrics.items()})
         for name, values in played.items():
-            self.logger.scalars({f"eval/{name}/{k}" if name else f"eval/{k}": v for k, v in values.items()})
+            self.logger.scalars(evaluation_metrics(name, values))
         if frames is not None:
             self.logger.video("offline/openloop", frames, fps=10, strip=models.CONTEXT)
         self.write(only="offline/")

@@ -74,6 +74,7 @@ def prepare(
     shadow_size: int = 2048,
     unseen: bool = False,
     clean_image: bool = False,
+    camera: int | None = None,
 ) -> Callable[[], gymnasium.Env]:
     """Check the task and its files, decode the videos it needs, and return a constructor that can be pickled.
 
@@ -99,6 +100,7 @@ def prepare(
         unseen: show the clips that only evaluation shows, not those of training.
         clean_image: for distracted control-suite tasks, also observe `clean_image`, the frame without distraction,
             rendered by a second simulator that plays the same actions.
+        camera: number of the control suite's camera, instead of the one with which the task is published.
 
     Raises:
         EnvError: unknown task, no usable background file, no simulator, or no way to render.
@@ -127,8 +129,10 @@ def prepare(
         shadow_size=shadow_size,
         unseen=unseen,
     )
-    twin = family(parsed._replace(variant="")) if clean_image and parsed.suite == "dmc" and parsed.variant else None
-    return functools.partial(_construct, family(parsed), twin, time_limit)
+    twin = None
+    if clean_image and parsed.suite == "dmc" and parsed.variant:
+        twin = family(parsed._replace(variant=""), camera=0)  # as all distracted tasks
+    return functools.partial(_construct, family(parsed, camera=camera), twin, time_limit)
 
 
 def has_unseen(task: str, **options) -> bool:
@@ -194,6 +198,12 @@ def _construct(constructor: Callable, twin: Callable | None, time_limit: int) ->
 
 class WithCleanImage(gymnasium.Wrapper):
     """Adds `clean_image`: the frame of a `twin` without distraction, with the same seed and actions."""
+
+    lasting = ("env", "twin")
+
+    @property
+    def unwrapped(self) -> "WithCleanImage":
+        return self  # whose state is that of both
 
     def __init__(self, env: gymnasium.Env, twin: gymnasium.Env):
         super().__init__(env)

@@ -24,10 +24,11 @@ def find(name: str, relative: str, flag_path: str | None = None) -> str:
     Raises:
         EnvError: not found.
     """
-    folders = [root() / name, *([Path(flag_path).expanduser()] if flag_path else []), Path(CACHE).expanduser() / name]
-    for folder in folders:
+    folders = [Path(flag_path).expanduser()] if flag_path else []
+    folders.insert(0 if os.environ.get("HRSSM_ASSETS") else len(folders), root() / name)
+    for folder in [*folders, Path(CACHE).expanduser() / name]:
         if (folder / relative).exists():
             if (folder / GENERATED).exists():
                 warnings.warn(f"{folder} holds generated stand-ins: results on them are not comparable", stacklevel=2)
             return str(folder / relative)
-    raise EnvError(f"{relative} is not in {folders[0]}: get it with python setup/download.py {name}")
+    raise EnvError(f"{relative} is not in {root() / name}: get it with python setup/download.py {name}")

@@ -78,13 +78,13 @@ def make_distraction(
 def find_videos(resource_path: str, difficulty: float, unseen: bool = False) -> list[str]:
     """Folders of the first DAVIS training videos, or validation videos (`unseen`), that the benchmark uses."""
     root = Path(assets.find("davis", "DAVIS/JPEGImages/480p", resource_path))
-    names = DAVIS_VALIDATION if unseen else DAVIS
+    names = (DAVIS_VALIDATION if unseen else DAVIS)[: VIDEOS[difficulty]]
     missing = [name for name in names if not next((root / name).glob("*.jpg"), None)]
     if missing:
         raise EnvError(
             f"{root} lacks {len(missing)} of {len(names)} videos ({missing[0]}): run python setup/download.py davis"
         )
-    return [str(root / name) for name in names[: VIDEOS[difficulty]]]
+    return [str(root / name) for name in names]
 
 
 class Together(Distraction):

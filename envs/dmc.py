@@ -85,12 +85,15 @@ def prepare(
     eval_resource_files: str,
     shadow_size: int,
     unseen: bool,
+    camera: int | None,
     **_,
 ) -> Callable[[], gymnasium.Env]:
     """Check everything, decode the clips that `task` needs, and return the constructor of the environment."""
     check_rendering()
     own_task_seed, distraction_seed = two_seeds(seed, start)
-    camera, edits, distraction = 0 if task.variant else CLEAN_CAMERAS.get(task.domain, 0), {}, None
+    if camera is None:
+        camera = 0 if task.variant else CLEAN_CAMERAS.get(task.domain, 0)
+    edits, distraction = {}, None
     # Imported where used, because only some of these need video decoders.
     if task.variant == "video":
         from envs import video

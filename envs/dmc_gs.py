@@ -137,7 +137,8 @@ def is_green(image: np.ndarray) -> np.ndarray:
 def find_files(mode: str, holdout_clips: float = 0.0, unseen: bool = False) -> list[str]:
     """Videos of `video_easy` or `video_hard` in the order of their numbers: for training, or the held-out ones."""
     folder = Path(assets.find("dmcgs", mode))
-    files = sorted(folder.glob("video*.mp4"), key=lambda path: int(path.stem.removeprefix("video") or 0))
+    numbers = {path: path.stem.removeprefix("video") or "0" for path in folder.glob("video*.mp4")}
+    files = sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
     if not files:
         raise EnvError(f"no video in {folder}: get them with python setup/download.py dmcgs")
     return video.split([str(file) for file in files], holdout_clips, unseen)

@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from envs.dmc import check_rendering
 from envs.task import EnvError, Task, one_line, two_seeds
@@ -34,7 +35,7 @@ def parse(rest: str) -> tuple[str, str, str]:
         if error.name != "ale_py":
             raise unknown(rest, error) from error
         raise EnvError(f"gym_{rest}: Atari games need the package ale-py: pip install ale-py") from error
-    except (gymnasium.error.Error, ImportError) as error:
+    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
         raise unknown(rest, error) from error
     return rest, "", ""
 
@@ -55,7 +56,10 @@ def split_arguments(rest: str) -> tuple[str, dict]:
         key, equals, value = part.partition("=")
         if not (key.isidentifier() and equals):
             raise EnvError(f"gym_{rest}: {part!r} is no argument: write gym_ID?key=value&key=value")
-        arguments[key] = YAML(typ="safe").load(value)
+        try:
+            arguments[key] = YAML(typ="safe").load(value)
+        except YAMLError as error:
+            raise EnvError(f"gym_{rest}: {value!r} is no value ({one_line(error)[:80]})") from error
     return env_id, arguments
 
 
@@ -117,6 +121,8 @@ class GymnasiumTask(gymnasium.Env):
         self._parts = dict(observed.items()) if named else {"image" if is_picture(observed) else "state": observed}
         if wrong := TAKEN.intersection(self._parts):
             raise EnvError(f"gym_{env_id} has an observation {wrong.pop()!r}, a name taken by replay: rename it")
+        if "image" in self._parts and not is_picture(self._parts["image"]):
+            raise EnvError(f"gym_{env_id} observes image as {self._parts['image']}, not uint8 (H, W, 3): rename it")
         self.named = named  # observes a Dict
         self.observation_space = spaces.Dict(
             {"image": spaces.Box(0, 255, (*size, 3), np.uint8)}

@@ -51,14 +51,16 @@ def render(
     states differ between draws.
     """
     steps = min(steps, options["time_limit"])
-    env = envs.make(clean_task(task), seed=seed, **options)
+    variant = envs.parse_task(task).variant
+    # With the camera of the distracted task, which is 0 for all.
+    env = envs.make(clean_task(task), seed=seed, camera=0 if variant else None, **options)
     if actions is None:
         actions = np.random.default_rng(seed).uniform(-1.0, 1.0, (episodes, steps, *env.action_space.shape))
     actions = actions.astype(np.float32)
     clean = [rollout(env, actions[e, 1:], e, 0) for e in range(episodes)]
     env.close()
     distracted = []
-    for k in range(draws if envs.parse_task(task).variant else 0):
+    for k in range(draws if variant else 0):
         env = envs.make(task, seed=np.random.SeedSequence([seed, envs.STREAMS.index("paired"), k]), **options)
         played = [rollout(env, actions[e, 1:], e, k * episodes + e)[0] for e in range(episodes)]
         env.close()

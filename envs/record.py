@@ -88,7 +88,7 @@ def imported_policy(name: str, task: str) -> Policy:
     module, _, function = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise EnvError(
             f"unknown --record_policy {name!r} ({one_line(error)}): use agent, random, FILE.npz, minari:DATASET or "
             "MODULE:FUNCTION of an importable module (PYTHONPATH)"

@@ -82,7 +82,7 @@ class Vector:
         # The start state and actions of each episode, and whether the worker that ran it was lost.
         self._starts, self._actions = [None] * self.num_envs, [[] for _ in range(self.num_envs)]
         self._lost = np.zeros(self.num_envs, bool)
-        self._failures, self._new_seeds = np.zeros(self.num_envs, int), [None] * self.num_envs
+        self._failures = np.zeros(self.num_envs, int)
         # Runs before the exit hook of multiprocessing, which would wait forever for workers, since they ignore SIGTERM.
         atexit.register(self.close)
         self._obs = {
@@ -92,8 +92,8 @@ class Vector:
     def reset(self, mask: np.ndarray) -> dict[str, np.ndarray]:
         """Reset the environments where `mask` (n,) is true; returns the observations of all environments."""
         with self._closed_on_error():
-            for i, (start, observation) in self._call_all(np.flatnonzero(mask), "reset", self._new_seeds).items():
-                self._starts[i], self._actions[i], self._new_seeds[i], self._lost[i] = start, [], None, False
+            for i, (start, observation) in self._call_all(np.flatnonzero(mask), "reset").items():
+                self._starts[i], self._actions[i], self._lost[i] = start, [], False
                 self._write(i, observation, is_first=True, is_last=False, is_terminal=False)
         return self.observations()
 
@@ -237,10 +237,11 @@ class Vector:
             self._slots[i].close(kill=True)
             with _worker_surroundings():
                 self._slots[i] = _Process(self._constructors[i], self._niceness)
-            # The original seed would repeat the first episodes.
-            self._new_seeds[i] = int(np.random.SeedSequence().generate_state(1)[0])
             try:
                 self._slots[i].receive(self._start_timeout)
+                # The original seed would repeat the first episodes.
+                self._slots[i].send("seed", int(np.random.SeedSequence().generate_state(1)[0]))
+                self._slots[i].receive(self._timeout)
                 return
             except _WorkerLost as again:
                 error = again
@@ -267,10 +268,10 @@ def _properties(env: gymnasium.Env) -> tuple:
 
 
 def _answer(env: gymnasium.Env, method: str, *args):
+    if method == "seed":
+        env.reset(seed=args[0])
+        return True
     if method == "reset":
-        (seed,) = args
-        if seed is not None:
-            env.reset(seed=seed)
         return get_state(env.unwrapped), env.reset()[0]
     if method == "get_state":
         return get_state(env.unwrapped)

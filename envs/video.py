@@ -9,6 +9,7 @@ import atexit
 import functools
 import glob
 import hashlib
+import mimetypes
 import os
 import shutil
 import sys
@@ -57,6 +58,9 @@ class Clips:
     def __init__(self, clips: Sequence[Clip], seed: int):
         self.clips = clips
         self.ends = np.cumsum([count for _, count in clips])
+        # One file at a time, since there may be more clips than files that a process may open; and from its first use
+        # on, in the worker process: pickling a memory map would copy its data.
+        self._open: tuple[str, np.ndarray] | None = None
         self.seed(seed)
 
     def seed(self, seed: int) -> None:
@@ -65,14 +69,11 @@ class Clips:
     def __call__(self, first: bool) -> np.ndarray:
         clip = int(np.searchsorted(self.ends, self.position, side="right"))
         path, count = self.clips[clip]
-        frame = self._frames[path][self.position - self.ends[clip] + count]
+        if self._open is None or self._open[0] != path:
+            self._open = path, np.load(path, mmap_mode="r")
+        frame = self._open[1][self.position - self.ends[clip] + count]
         self.position = (self.position + 1) % int(self.ends[-1])
         return frame[..., None]
-
-    @functools.cached_property
-    def _frames(self) -> dict[str, np.ndarray]:
-        # Opened on first use, in the worker process: pickling a memory map would copy its data.
-        return {path: np.load(path, mmap_mode="r") for path in {path for path, _ in self.clips}}
 
 
 class Colour:
@@ -141,11 +142,15 @@ def is_held_out(file: str, share: float) -> bool:
 
 
 def find_files(kind: str, pattern: str, option: str = "--resource_files") -> list[str]:
-    """Sorted files that match a glob, or all files of a folder. Raises EnvError if there are none."""
+    """Sorted files that match a glob, or those of a folder. Raises EnvError if there are none."""
     expanded = os.path.expanduser(pattern)
-    if os.path.isdir(expanded):
+    folder = os.path.isdir(expanded)
+    if folder:
         expanded = os.path.join(glob.escape(expanded), "*")
     files = sorted(path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path))
+    if folder:  # where a licence or a thumbnail may lie beside the clips, which ffmpeg would decode too
+        wanted = "video/" if kind == "video" else "image/"
+        files = [path for path in files if (mimetypes.guess_type(path)[0] or wanted).startswith(wanted)]
     if not files:
         noun, example = ("video", "DIR/*.mp4") if kind == "video" else ("picture", "DIR/*.jpg")
         raise EnvError(f"no {noun} matches {pattern}: put files there or pass {option} '{example}'")
@@ -206,7 +211,7 @@ def count_frames(target: Path, size: tuple[int, int]) -> int:
         frames = np.load(target, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return 0
-    return len(frames) if frames.shape[1:] == size and frames.dtype == np.uint8 else 0
+    return len(frames) if frames.shape[1:3] == tuple(size) and frames.dtype == np.uint8 else 0
 
 
 @functools.cache

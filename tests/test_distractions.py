@@ -1,7 +1,9 @@
 """Colours, green screen, camera and backgrounds of the DMC-GS variants, against slow reference code and MuJoCo."""
 
 import colorsys
+import functools
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import envs
+from envs import assets as files
 from envs import distracting_cs, dmc_gs
 from envs.distraction import call_gl
 from envs.dmc import ControlSuite, check_rendering, edited_assets
@@ -100,6 +103,18 @@ def test_environments_in_one_process_do_not_influence_each_other(mode):
         other.step(other.action_space.sample())
         together.append(one.step(rng.uniform(-1, 1, 1))[0]["image"])
     np.testing.assert_array_equal(np.stack(together), alone)
+
+
+def test_a_folder_of_a_flag_comes_before_the_cache(monkeypatch, tmp_path):
+    for folder in ("cache/davis", "own", "env/davis"):
+        (tmp_path / folder / "DAVIS").mkdir(parents=True)
+    monkeypatch.setattr("envs.assets.CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HRSSM_ASSETS")
+    find = functools.partial(files.find, "davis", "DAVIS")
+    assert find() == str(tmp_path / "cache/davis/DAVIS")
+    assert find(str(tmp_path / "own")) == str(tmp_path / "own/DAVIS")
+    monkeypatch.setenv("HRSSM_ASSETS", str(tmp_path / "env"))
+    assert find(str(tmp_path / "own")) == str(tmp_path / "env/davis/DAVIS")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -193,8 +208,19 @@ def test_videos_are_sorted_by_number(assets, tmp_path, monkeypatch):
         encode_to = tmp_path / "dmcgs/video_hard"
         encode_to.mkdir(parents=True, exist_ok=True)
         encode(encode_to / f"video{i}.mp4", i)
+    encode(encode_to / "video_of_a_street.mp4", 3)  # has no place in the order
     monkeypatch.setenv("HRSSM_ASSETS", str(tmp_path))
     assert [count for _, count in dmc_gs.find_clips("video_hard", (16, 16))] == [1, 2, 10]
+
+
+def test_only_the_videos_that_are_shown_are_needed(assets, monkeypatch, tmp_path):
+    monkeypatch.setenv("HRSSM_ASSETS", str(tmp_path))
+    pictures = tmp_path / "davis/DAVIS/JPEGImages/480p"
+    for name in distracting_cs.DAVIS[:4]:
+        shutil.copytree(assets / pictures.relative_to(tmp_path) / name, pictures / name)
+    assert len(distracting_cs.find_videos("", 0.1)) == 4
+    with pytest.raises(envs.EnvError, match="lacks 4 of 8 videos"):
+        distracting_cs.find_videos("", 0.2)
 
 
 # --- distracting suite ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import envs
-from envs import natural_video, video
+from envs import dmc_gs, natural_video, video
 from envs.dmc import TASKS, ControlSuite, check_rendering, edited_assets
 from envs.vector import Vector
 
@@ -366,16 +366,27 @@ def test_a_damaged_cache_is_decoded_again(damage, clips, cache):
     assert np.array_equal(np.load(name), frames)
 
 
-def test_clips_are_decoded_once_and_cached(clips, cache, monkeypatch):
+@pytest.mark.parametrize("decode", [video.decode_video, dmc_gs.decode_rgb])
+def test_clips_are_decoded_once_and_cached(decode, clips, cache, monkeypatch):
     path = str(clips / "clip0.mp4")
-    name, count = video.cached(path, (10, 12), video.decode_video)
+    name, count = video.cached(path, (10, 12), decode)
     assert count == 6
     monkeypatch.setattr(video, "_write", None)  # called if the clip were decoded again
-    assert video.cached(path, (10, 12), video.decode_video) == (name, 6)
-    np.testing.assert_array_equal(np.load(name), video.decode_video(path, (10, 12)))
+    assert video.cached(path, (10, 12), decode) == (name, 6)
+    np.testing.assert_array_equal(np.load(name), decode(path, (10, 12)))
     assert Path(name).is_relative_to(cache)
     with pytest.raises(TypeError):
-        video.cached(path, (10, 13), video.decode_video)
+        video.cached(path, (10, 13), decode)
+
+
+def test_a_folder_may_hold_other_files(clips, tmp_path):
+    for clip in clips.iterdir():
+        (tmp_path / clip.name).write_bytes(clip.read_bytes())
+    (tmp_path / "LICENSE.txt").write_text("text, which ffmpeg would film")
+    cv2.imwrite(str(tmp_path / "thumbnail.jpg"), np.zeros((8, 8, 3), np.uint8))
+    names = [Path(path).name for path in video.find_files("video", str(tmp_path))]
+    assert names == ["clip0.mp4", "clip1.mp4", "clip2.mp4"]
+    assert [Path(path).name for path in video.find_files("images", str(tmp_path))] == ["thumbnail.jpg"]
 
 
 def test_a_changed_file_is_decoded_again(tmp_path):
@@ -417,6 +428,10 @@ def test_position_advances_once_per_observation_across_resets_and_wraps(clips):
             assert grey.mean() > 0.97  # the part of the image that the pendulum does not cover
             position += 1
     assert position - 16 > 6  # the sequence wrapped around
+    before = len(os.listdir("/proc/self/fd"))
+    many = video.Clips(source.clips * 4, 0)  # each of these files stays open if it is mapped at once
+    many(True)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
     starts = {video.Clips(source.clips, seed).position for seed in range(200)}
     assert starts == set(range(16))
     env.close()
@@ -605,6 +620,7 @@ RESTORED = {
     "dmc_pendulum_swingup_video": {"parallel": True, "img_source": "noise"},
     "dmc_reacher_easy_video": {},
     "gym_tests.bench.soak:Dot-v0": {},
+    "dmc_reacher_easy_sensor_cs": {"clean_image": True},  # of a second simulator
 }
 
 
@@ -654,8 +670,13 @@ def test_a_worker_that_dies_or_hangs_is_replaced(fault, capfd):
         assert (obs["orientation"][0] != first["orientation"][0]).any()
         error = capfd.readouterr().err
         assert ("did not answer for 5 s" if fault == signal.SIGSTOP else "ended (exit code -9") in error
-        # Training continues, but not with the first episodes again.
+        # Training continues, but not with the first episodes again, also if it is interrupted now.
+        state = json.loads(json.dumps(vec.state_dict(np.zeros(2, bool))))
         again = vec.reset(done)
+        resumed = Vector([suite] * 2, parallel=False)
+        resumed.load_state_dict(state)
+        assert (resumed.reset(done)["orientation"][1] == again["orientation"][1]).all()
+        resumed.close()
         assert again["is_first"].tolist() == [False, True]
         assert (again["orientation"][1] != first["orientation"][1]).any()
         assert not vec.step(np.zeros((2, 1), np.float32))[3]["lost"].any()
@@ -794,7 +815,10 @@ def test_clean_image_is_the_same_state_without_distraction():
         for observed, expected in pairs:
             assert (observed["clean_image"] == expected["image"]).all()
             assert (observed["image"] != expected["image"]).any()
-    env.unwrapped.step(np.ones(2))
+    # Also where clean tasks have another camera.
+    twin = envs.prepare("dmc_quadruped_walk_video", clean_image=True, **options).args[1]
+    assert twin.keywords["camera"] == 0 and envs.prepare("dmc_quadruped_walk").args[0].keywords["camera"] == 2
+    env.unwrapped.env.step(np.ones(2))
     with pytest.raises(RuntimeError, match="in different states: "):
         env.env.step(np.ones(2))
     env.close()

@@ -72,16 +72,20 @@ class Taken(Odd):
     observation_space = gymnasium.spaces.Dict({"reward": gymnasium.spaces.Box(-1, 1, (1,))})
 
 
+class Floats(Odd):
+    observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0.0, 1.0, (8, 8, 3))})
+
+
 class Words(Odd):
     action_space = gymnasium.spaces.Text(3)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def registered():
-    for env in (Odd, Buttons, Silent, Taken, Words):
+    for env in (Odd, Buttons, Silent, Taken, Words, Floats):
         gymnasium.register(f"Test{env.__name__}-v0", env)
     yield
-    for env in (Odd, Buttons, Silent, Taken, Words):
+    for env in (Odd, Buttons, Silent, Taken, Words, Floats):
         del gymnasium.registry[f"Test{env.__name__}-v0"]
 
 
@@ -151,6 +155,9 @@ def test_seeds():
         "gym_TestSilent-v0": "renders NoneType",
         "gym_TestTaken-v0": "'reward', a name taken",
         "gym_TestWords-v0": "only Box of floats and Discrete",
+        "gym_TestFloats-v0": "observes image as Box.*not uint8",
+        "gym_TestOdd-v0?a=[1": "'\\[1' is no value",
+        "gym_./my_env:Reach-v0": "unknown task 'gym_./my_env:Reach-v0'.*PYTHONPATH",
     }.items(),
 )
 def test_unsupported_environments_give_a_one_line_error(task, message):

@@ -93,6 +93,8 @@ def test_names_of_evaluations():
     assert list(both) == ["clean", "video/seen", "video/unseen"]
     assert list(names(*split)) == ["seen", "unseen"]
     assert list(names(*split[1:])) == [""]
+    assert dreamer.evaluation_metrics("seen", {"return": 1.0}) == {"eval/seen/return": 1.0, "eval/return": 1.0}
+    assert dreamer.evaluation_metrics("unseen", {"return": 1.0}) == {"eval/unseen/return": 1.0}
 
 
 @pytest.mark.parametrize(
