@@ -1,7 +1,7 @@
 """How experience is collected: exploring behaviours, `Rollout`, which acts them out, and episodes logged before.
 
-Behaviours have the interface of `models.ActorCritic`: `actor(feat)` and `update(...)`. 'greedy' is the task policy
-itself, so it needs nothing here.
+Behaviours have `actor(feat)` and `update(world_model, filtered, action)`. 'greedy' is the task policy itself, so it
+needs nothing here.
 """
 
 import math
@@ -111,6 +111,7 @@ class Plan2Explore(nn.Module):
             return metrics | self.behavior.update(world_model, filtered.start, reward_fn)
 
     def inputs(self, feat: Tensor, action: Tensor) -> Tensor:
+        # As upstream, in training this is the action that led to `feat`, in imagination the one taken there.
         return torch.cat([feat, bound_action(action)], -1) if self.action_cond else feat
 
     def ensemble_loss(self, filtered: Filtered, action: Tensor) -> Tensor:
@@ -248,7 +249,10 @@ class Logged(NamedTuple):
 
 
 def load_logged(config, device: torch.device | str = "cpu") -> Logged:
-    """The episodes of `--offline_traindir` and `--offline_evaldir`, file by file into replay. Raises EnvError."""
+    """The episodes of `--offline_traindir` and `--offline_evaldir`, file by file into replay.
+
+    Raises EnvError for what is wrong with a file, UserError for what is wrong with the folders as a whole.
+    """
     started, options = time.monotonic(), {"actions": config.offline_actions, "size": tuple(config.size)}
     options["discrete"] = discrete = config.actor_dist == "onehot"
     files = find_files(config.offline_traindir, config.dataset_size)

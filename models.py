@@ -441,8 +441,7 @@ class WorldModel(nn.Module):
         """Squared error of the picture or of the code, summed over its entries, mean over B and T."""
         if "code" in decoded and not self.frozen:
             return {"code": (decoded["code"] - data["code"]).square().sum(-1).mean()}
-        image = self.autoencoder.decode(decoded["code"]) if self.autoencoder is not None else decoded["image"]
-        error = (image - data["image"]).square()
+        error = (self.picture(decoded) - data["image"]).square()
         if self.motion_weight:
             error = error * pixel_weights(data["image"], data["is_first"], self.motion_weight)
         return {"image": error.sum((-3, -2, -1)).mean()}
@@ -458,7 +457,10 @@ class WorldModel(nn.Module):
         if self.decoder is None:
             assert isinstance(self.representation, Reconstruction)
             return self.representation.decoder(feat)["image"]
-        decoded = self.decoder(feat)
+        return self.picture(self.decoder(feat))
+
+    def picture(self, decoded: dict[str, Tensor]) -> Tensor:
+        """What the decoder of features drew, by way of the autoencoder if that was a code."""
         return self.autoencoder.decode(decoded["code"]) if self.autoencoder is not None else decoded["image"]
 
     def update(self, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Filtered, dict[str, Tensor]]:
@@ -606,7 +608,7 @@ class ActorCritic(nn.Module):
                 feats.append(states[k].feat)
                 with torch.no_grad() if at_once else contextlib.nullcontext():
                     outputs.append(self.actor.outputs(feats[k].detach() if self.behavior_stop_grad else feats[k]))
-                    policy = self.actor.policy(outputs[k])
+                    policy = self.actor.distribution(outputs[k])
                     draw = policy.draw()
                     actions.append(policy.sample(draw))
                 if leaves is not None:
@@ -622,7 +624,7 @@ class ActorCritic(nn.Module):
             feat, logit = dynamics.imagined(feat, torch.stack(actions[:-1]), layers)
             logits = [start.logit, *logit]
         out = self.actor.repeat(feat.detach(), recorded) if recorded else torch.stack(outputs)
-        return logits, feat, bound_action(torch.stack(actions)), self.actor.policy(out)
+        return logits, feat, bound_action(torch.stack(actions)), self.actor.distribution(out)
 
     def loss(
         self, world_model: WorldModel, start: State, reward_fn: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -632,10 +634,10 @@ class ActorCritic(nn.Module):
         `reward_fn(feat, action)` -> (H,N) replaces the reward head.
         """
         with autocast(start.deter, self.bf16):
-            # (H, N, F), (H, N, A)
             # Step by step the actor's backward pass would take as many small operations as there are steps.
             at_once = self.behavior_stop_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
             leaves: list | None = [] if at_once else None
+            # (H, N, F), (H, N, A)
             logits, feat, action, policy = self.imagine(world_model.dynamics, start, leaves)
             entropy = policy.entropy()
             reward = reward_fn(feat, action) if reward_fn else world_model.reward_head(feat).mode.squeeze(-1)

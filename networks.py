@@ -3,8 +3,9 @@
 Nothing here knows about masks, bisimulation or training. Shape letters: `B` batch, `T` time, `A` action, `E` embed,
 `D` deter, `S` categorical groups, `K` classes per group, `F` feature = S*K + D, `...` any leading axes.
 
-All randomness of the model passes through `draw_onehot` and `draw_normal`; replace them to make a run reproducible
-across implementations. Sizes follow DreamerV3 (Hafner et al., 2023), on which HRSSM is built.
+All latents and actions are drawn by `draw_onehot` and `draw_normal`; replace them to make these draws reproducible
+across implementations. Masks, augmentation and the choice of states are drawn elsewhere. Sizes follow DreamerV3 (Hafner
+et al., 2023), on which HRSSM is built.
 """
 
 import contextlib
@@ -249,11 +250,6 @@ class Bernoulli:
     def mean(self) -> Tensor:
         return torch.sigmoid(self.logits)
 
-    @property
-    def mode(self) -> Tensor:
-        mean = self.mean
-        return torch.round(mean).detach() + (mean - mean.detach())
-
     def log_prob(self, x: Tensor) -> Tensor:
         return x * self.logits - F.softplus(self.logits)
 
@@ -280,10 +276,7 @@ def init_truncated(module: nn.Module) -> None:
 def init_uniform(module: nn.Module, scale: float) -> None:
     """Uniform of variance 2 scale / (fan_in + fan_out) for an output layer; scale 0 gives zeros."""
     assert isinstance(module, nn.Linear | nn.ConvTranspose2d)
-    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(module.weight)
-    if isinstance(module, nn.ConvTranspose2d):
-        fan_in, fan_out = fan_out, fan_in
-    limit = math.sqrt(6.0 * scale / (fan_in + fan_out))
+    limit = math.sqrt(6.0 * scale / sum(nn.init._calculate_fan_in_and_fan_out(module.weight)))
     nn.init.uniform_(module.weight, -limit, limit)
     nn.init.zeros_(module.bias)
 
@@ -620,7 +613,22 @@ class KnownLinear(torch.autograd.Function):
         return by_x, rows.t() @ x.flatten(0, -2), rows.sum(0) if ctx.bias else None, None
 
 
-class ScalarHead(MLP):
+class Head(MLP):
+    """A network whose outputs are the parameters of a distribution."""
+
+    def forward(self, feat: Tensor):
+        return self.distribution(self.outputs(feat))
+
+    def outputs(self, feat: Tensor) -> Tensor:
+        """The network's outputs, parameters of the distribution."""
+        return super().forward(feat)
+
+    def distribution(self, out: Tensor):
+        """Distribution from the network's outputs."""
+        raise NotImplementedError
+
+
+class ScalarHead(Head):
     """Head for rewards, values and continuation: features (..., F) -> distribution over scalars.
 
     `dist`: 'symlog_disc' (`TwoHot`), 'normal' (`UnitNormal`) or 'binary' (`Bernoulli`).
@@ -637,21 +645,13 @@ class ScalarHead(MLP):
         self.dist = dist
         self.register_buffer("buckets", torch.linspace(-TwoHot.LIMIT, TwoHot.LIMIT, self.BUCKETS), persistent=False)
 
-    def forward(self, feat: Tensor) -> TwoHot | UnitNormal | Bernoulli:
-        return self.distribution(self.outputs(feat))
-
-    def outputs(self, feat: Tensor) -> Tensor:
-        """The network's outputs, parameters of the distribution."""
-        return super().forward(feat)
-
     def distribution(self, out: Tensor) -> TwoHot | UnitNormal | Bernoulli:
-        """Distribution from the network's outputs."""
         if self.dist == "symlog_disc":
             return TwoHot(out, self.buckets)
         return UnitNormal(out) if self.dist == "normal" else Bernoulli(out)
 
 
-class ActorHead(MLP):
+class ActorHead(Head):
     """Policy: features (..., F) -> distribution over actions (..., A).
 
     `dist`: 'normal' (tanh mean, std between `min_std` and `max_std`), 'normal_1' (free mean, std 1), 'trunc_normal'
@@ -681,15 +681,7 @@ class ActorHead(MLP):
         self.max_std = max_std
         self.unimix = unimix_ratio
 
-    def forward(self, feat: Tensor) -> Normal | OneHot:
-        return self.policy(self.outputs(feat))
-
-    def outputs(self, feat: Tensor) -> Tensor:
-        """The network's outputs, parameters of the distribution."""
-        return super().forward(feat)
-
-    def policy(self, out: Tensor) -> Normal | OneHot:
-        """Distribution from the network's outputs."""
+    def distribution(self, out: Tensor) -> Normal | OneHot:
         if self.dist == "onehot":
             return OneHot(out, self.unimix)
         if self.dist == "normal_1":
@@ -993,7 +985,6 @@ class RSSM(nn.Module):
             raise ValueError(f"--dyn_rec_depth {rec_depth} needs --dyn_hidden equal to --dyn_deter")
         self.stoch_shape = (stoch, discrete) if discrete else (stoch,)
         self.logit_shape = (stoch, discrete) if discrete else (2, stoch)
-        self.actions = actions
         self.embed = embed
         self.deter = deter
         self.classes = discrete
@@ -1055,7 +1046,8 @@ class RSSM(nn.Module):
         return self._latent(deter, self.prior_head(self.prior_hidden(deter)), sample)
 
     def posterior(self, deter: Tensor, embed: Tensor, sample: bool = True) -> State:
-        """q(z | h, e) for any leading axes."""
+        """q(z | h, e) for any leading axes. Not of `shared`, which reads e before h."""
+        assert not self.shared
         return self._output(self.post_hidden, deter, self._embed_part(embed), self._step_layers(), sample)
 
     def img_step(self, state: State, action: Tensor, sample: bool = True, embed: Tensor | None = None) -> State:
@@ -1109,7 +1101,8 @@ class RSSM(nn.Module):
     def _filter_inputs(self, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """Contributions (..., H) of action and embedding to their first layers; independent of the recurrence."""
         action = action.masked_fill(is_first.unsqueeze(-1), 0.0)
-        return self._action_part(action, embed), self._embed_part(embed)
+        # `shared` has no use for the second one.
+        return self._action_part(action, embed), embed if self.shared else self._embed_part(embed)
 
     def _filter(
         self,

@@ -172,7 +172,7 @@ def name_methods(runs: list[Run], names: dict[str, str]) -> list[Run]:
     for method in unique(run.config["method"] for run in runs):
         chosen = [i for i, run in enumerate(runs) if run.config["method"] == method]
         peers = [runs[i] for i in chosen]
-        keys = [key for key in peers[0].config if is_option_of(method, key) and differs(key, peers)]
+        keys = [key for key in peers[0].config if is_option_of(peers, key) and differs(key, peers)]
         settings = [describe(run.config, keys) for run in peers]
         name = names.get(method, method)
         labels = {tuple(options): f"{name} {', '.join(options)}".strip() for options in sorted(settings)}
@@ -185,11 +185,12 @@ def name_methods(runs: list[Run], names: dict[str, str]) -> list[Run]:
     return result
 
 
-def is_option_of(method: str, key: str) -> bool:
-    """Whether a (dotted) option can be part of the method; the decoder is a probe in all methods but `dreamer`."""
+def is_option_of(runs: Sequence[Run], key: str) -> bool:
+    """Whether a (dotted) option can be part of the method of these runs; their decoder may be a probe alone."""
     group, option = key.split(".")[0], tools.read_options()[0].get(key)
     may_change = option is not None and option.may_change
-    return group not in NOT_METHOD and not may_change and (group != "decoder" or method == "dreamer")
+    learns = any(r.config["method"] == "dreamer" or r.config.get("autoencoder", "none") != "none" for r in runs)
+    return group not in NOT_METHOD and not may_change and (group != "decoder" or learns)
 
 
 def differs(key: str, runs: Sequence[Run]) -> bool:
@@ -213,8 +214,8 @@ def describe(config: dict, keys: Sequence[str]) -> list[str]:
 def warn_about_unequal_methods(runs: Sequence[Run]) -> None:
     """Methods should be compared with the same settings: name the options that differ between methods only."""
     methods = unique(run.config["method"] for run in runs)
-    options = [key for key in runs[0].config if all(is_option_of(method, key) for method in methods)]
     groups = [[run for run in runs if run.config["method"] == method] for method in methods]
+    options = [key for key in runs[0].config if all(is_option_of(group, key) for group in groups)]
     unequal = [key for key in options if differs(key, runs) and not any(differs(key, group) for group in groups)]
     if unequal:
         tools.warn(f"the methods do not share all their settings: {', '.join(unequal)}")

@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,23 @@ from hypothesis import settings
 # Before torch is imported, here and in the processes that tests start: at test sizes more threads cost time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 # Same examples in every run, on a slow machine too.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over():
+    """What a training run sets for the whole process does not reach the next test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,9 @@ from ruamel.yaml import YAML
 
 import dreamer
 import tools
+from setup import export
 from tests.helpers import SMALL
 from tests.test_train import start_in_process
-
-safetensors = pytest.importorskip("safetensors.torch")
-export = pytest.importorskip("setup.export")
 
 SHORT = "--configs tiny --task dmc_cartpole_balance --envs 1 --time_limit 16 --steps 80 --eval_every 80 --prefill 20"
 SHORT += " --pretrain 1 --actor_start 0 --train_ratio 1 --eval_episode_num 2 --parallel False --overlap False"

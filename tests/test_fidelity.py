@@ -6,6 +6,7 @@ The recordings in `tests/upstream/recorded` are always compared. Larger ones, of
 """
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -236,3 +237,13 @@ def test_key_names_of_compiled_checkpoints():
     plain, compiled = dreamer.upstream_names(plain), dreamer.upstream_names(compiled)
     assert plain.keys() == compiled.keys()
     assert all(torch.equal(plain[k], compiled[k]) for k in plain)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_key_names_of_compiled_parts(path):
+    """The same for every part that upstream's `compile` wraps, in the recordings of the repository."""
+    state = {name: formula.weight(name, shape) for name, shape in formula.read(path)["shapes"].items()}
+    compiled = {re.sub(r"^(\w+\.)", r"\1_orig_mod.", name): value for name, value in state.items()}
+    assert compiled.keys() != state.keys()
+    found = dreamer.upstream_names(compiled)
+    assert found and found.keys() == dreamer.upstream_names(state).keys()

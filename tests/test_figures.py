@@ -133,6 +133,13 @@ def test_methods_have_names_and_options_of_their_own(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_decoder_of_an_autoencoder_is_part_of_the_method(tmp_path):
+    for depth in (8, 32):
+        write_run(tmp_path / f"{depth}", [1.0], method="rssm", autoencoder="internal", decoder={"cnn_depth": depth})
+    names = {run.method for run in plot.read_runs([tmp_path])}
+    assert names == {"RSSM decoder cnn depth 8", "RSSM decoder cnn depth 32"}
+
+
 def test_every_method_has_a_display_name_and_a_name_in_sweep():
     assert plot.METHODS.keys() == dreamer.METHODS.keys()
     sweep = (tools.ROOT / "setup/sweep.sh").read_text()

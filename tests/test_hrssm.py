@@ -108,7 +108,7 @@ def test_what_is_relevant():
 
 
 @pytest.mark.parametrize("by", ["motion", "reward", "value"])
-def test_agents_draw_masks_by_relevance(by):
+def test_agents_draw_masks_by_relevance(by, monkeypatch):
     """What moves is hidden first; with reward and value, masks come from gradients that leave no trace in the agent."""
     agent, batch = make_agent("--mask_by", by, mask_ratio=0.03), make_batch()
     batch["image"][:] = 90
@@ -116,7 +116,11 @@ def test_agents_draw_masks_by_relevance(by):
     if by != "motion":  # both heads begin as constants
         head = agent.world_model.reward_head if by == "reward" else agent.actor_critic.critic
         torch.nn.init.normal_(head.out.weight)
+    cubes, relevance = agent.world_model.representation.cube_mask, []
+    draw_by = cubes.draw_by
+    monkeypatch.setattr(cubes, "draw_by", lambda x: relevance.append(x) or draw_by(x))
     mask = agent.draw_mask(batch)
+    assert relevance[0].any()  # the other head, still a constant, would have no influence
     assert mask.shape == (8, 64, 64) and mask.any((1, 2)).all()
     assert all(p.grad is None for p in agent.parameters())
     if by == "motion":

@@ -1,5 +1,6 @@
 """Networks, world model and actor-critic as parts: distributions, returns, gradient routing, variants that must run."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import models
 import networks
 import tools
-from tests.helpers import make_agent, make_batch
+from tests.helpers import make_agent, make_batch, make_config
 
 # --- distributions --------------------------------------------------------------------------------------------------
 
@@ -364,6 +365,85 @@ def test_every_variant_learns_and_acts(name):
             assert action.shape == (2, 3) and torch.isfinite(action).all()
             if discrete:
                 assert torch.equal(action.sort(-1).values, torch.tensor([[0.0, 0.0, 1.0]] * 2))
+
+
+LOSSES = {
+    "both": {"imag_gradient": "both", "imag_gradient_mix": 0.3},
+    "value decay": {"value_decay": 0.1},
+    "future entropy": {"future_entropy": True, "actor_entropy": 0.2, "actor_state_entropy": 0.3},
+    "state entropy": {"actor_state_entropy": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_actor_and_critic_against_their_definition(name, monkeypatch):
+    """Of one imagined trajectory of distinct rewards, values and continuations, by loops."""
+    agent = make_agent(reward_EMA=False, **LOSSES[name])
+    world_model, behavior, config = agent.world_model, agent.actor_critic, make_config(**LOSSES[name])
+    for head in (world_model.reward_head, world_model.cont_head, behavior.critic, behavior.slow_critic):
+        torch.nn.init.normal_(head.out.weight)
+    start = world_model.update(make_batch())[0].start.detach().flatten()
+    logits, feat, action, policy = drawn = behavior.imagine(world_model.dynamics, start)
+    monkeypatch.setattr(behavior, "imagine", lambda *args: drawn)
+    actor_loss, value_loss, _ = behavior.loss(world_model, start)
+
+    reward, value = (head(feat).mode.squeeze(-1) for head in (world_model.reward_head, behavior.critic))
+    discount = 0.997 * world_model.cont_head(feat).mean.squeeze(-1)
+    entropy = config.actor_entropy * policy.entropy()
+    if config.actor_state_entropy:
+        probs = 0.99 * torch.stack(logits).softmax(-1) + 0.01 / 4  # four classes, mixed with one per cent
+        entropy = entropy - config.actor_state_entropy * (probs * probs.log()).sum((-1, -2))
+    if config.future_entropy:
+        reward, entropy = reward + entropy, 0.0 * entropy
+    horizon = len(feat)
+    returns, weight = [value[-1]], [torch.ones_like(discount[0])]
+    for k in reversed(range(horizon - 1)):
+        returns.insert(0, reward[k + 1] + discount[k + 1] * (0.05 * value[k + 1] + 0.95 * returns[0]))
+    for k in range(horizon - 2):
+        weight.append(weight[k] * discount[k])
+    log_prob, critic = policy.log_prob(action), behavior.critic.distribution(behavior.critic.outputs(feat))
+    objective, losses = [], []
+    for k in range(horizon - 1):
+        score = returns[k] - value[k]
+        if config.imag_gradient == "both":
+            score = 0.3 * returns[k] + 0.7 * log_prob[k] * score
+        objective.append(weight[k] * (score + entropy[k]))
+    slow = behavior.slow_critic(feat).mode.squeeze(-1)
+    for target in (torch.stack([*returns[:-1], value[-1]]), slow):
+        losses.append(-critic.log_prob(target)[:-1])
+    expected = torch.stack(weight) * (sum(losses) + config.value_decay * value[:-1])
+    torch.testing.assert_close(actor_loss, -torch.stack(objective).mean())
+    torch.testing.assert_close(value_loss, expected.mean())
+
+
+def test_plan2explore_predicts_later_latents_and_seeks_disagreement():
+    options = {"disag_offset": 2, "disag_target": "deter", "disag_models": 3, "disag_units": 16, "expl_until": 40}
+    agent = make_agent(expl_behavior="plan2explore", disag_action_cond=True, **options)
+    explorer, batch = agent.explorer, make_batch()
+    filtered, action = agent.world_model.update(batch)[0], batch["action"]
+    errors = []
+    for head, b, t in itertools.product(explorer.ensemble, range(2), range(6)):
+        shown = torch.cat([filtered.feat[b, t], networks.bound_action(action[b, t])])
+        wrong = head(shown) - filtered.start.deter[b, t + 2]
+        errors.append(0.5 * wrong.square().sum() + 0.5 * len(wrong) * math.log(2 * math.pi))
+    torch.testing.assert_close(explorer.ensemble_loss(filtered, action), torch.stack(errors).mean())
+    feat, action = filtered.feat[0], action[0]
+    shown = torch.cat([feat, networks.bound_action(action)], -1)
+    apart = np.std([head(shown).detach().numpy() for head in explorer.ensemble], 0, ddof=1).mean(-1)
+    found = explorer.disagreement(feat, action).detach().numpy()
+    np.testing.assert_allclose(found, np.log(apart), rtol=1e-4)
+
+    # What it adds to the behaviour's reward has the sign of `expl_intr_scale`; it acts until `expl_until`.
+    rewards = []
+    explorer.behavior.update = lambda world_model, start, reward_fn: rewards.append(reward_fn(feat, action)) or {}
+    explorer.update(agent.world_model, filtered, batch["action"])
+    torch.testing.assert_close(rewards[0], make_config().expl_intr_scale * explorer.disagreement(feat, action))
+    seen, act = [], agent.act
+    agent.act = lambda *args, explore, **kwargs: seen.append(explore) or act(*args, explore=explore, **kwargs)
+    obs = {k: v[:, 0].numpy() for k, v in batch.items() if k not in ("action", "reward")}
+    for step, training in ((0, True), (19, True), (20, True), (0, False)):  # 40 frames are 20 decisions
+        agent.policy(obs, None, step, training=training)
+    assert seen == [True, True, False, False]
 
 
 def test_learning_fits_a_batch():

@@ -5,7 +5,6 @@ import itertools
 import json
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -100,6 +99,7 @@ def minari_ends(folder: Path, rows: Rows) -> Rows:
 
 def vd4rl_84(folder: Path, rows: Rows) -> Rows:
     """84 pixels, channel first; a picture of constant colour stays so when it is scaled."""
+    h5py = pytest.importorskip("h5py")
     image = np.repeat(np.repeat(rows["image"][:, :1, :1], 84, 1), 84, 2)
     with h5py.File(folder / "a.hdf5", "w") as file:
         file["observation"] = np.moveaxis(image, -1, 1)
@@ -159,7 +159,7 @@ def test_one_hot_actions_and_a_limit(tmp_path):
 
 
 def test_vd4rl_without_step_types_is_cut_at_501_rows(tmp_path):
-    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+    with pytest.importorskip("h5py").File(tmp_path / "a.hdf5", "w") as file:
         file["observation"] = np.zeros((1002, 3, 8, 8), np.uint8)
         file["action"], file["reward"] = np.zeros((1002, 1)), np.arange(1002.0)
     assert [rows["reward"][0] for rows in load(tmp_path)] == [0, 501]

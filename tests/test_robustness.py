@@ -112,6 +112,17 @@ def test_weights_count_episodes():
     )
     for a, b in list(zip(measures(everything, twice), measures(drawn, ONCE), strict=True))[3:]:
         assert a.item() == pytest.approx(b.item())
+    # Pairs of different states: within an episode as often as it was drawn, across two as often as they meet.
+    times, sums = twice[0], torch.zeros(2, 2).double()  # same and other: sum and number
+    states = list(itertools.product(range(4), range(5)))
+    for (e, s), (f, t), k, j in itertools.product(states, states, range(3), range(3)):
+        if (e, s) != (f, t) or k != j:
+            times_seen = times[e] * times[f] if e != f else times[e]
+            own = int((e, s) != (f, t))
+            sums[own] += times_seen * torch.stack([(latent[k, e, s] - latent[j, f, t]).norm(), torch.tensor(1.0)])
+    same, other_state = sums[:, 0] / sums[:, 1]
+    expected = (other_state - same) / (other_state + same)
+    assert models.denoising_factor(latent, twice).item() == pytest.approx(expected.item())
 
 
 def test_intervals_cover_the_truth():

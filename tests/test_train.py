@@ -21,9 +21,11 @@ from PIL import Image
 import dreamer
 import envs
 import tools
+from envs.vector import Vector
 from figures import openloop, plot
 from tests.bench.soak import DOT
 from tests.helpers import ROOT, SMALL, make_agent, make_config
+from tests.test_envs import Counter
 
 SHORT = "--configs tiny --task dmc_cartpole_balance --envs 2 --action_repeat 2 --time_limit 40 --steps 280"
 SHORT += " --eval_every 80 --prefill 60 --log_every 20 --pretrain 2 --actor_start 2 --train_ratio 16"
@@ -122,7 +124,7 @@ def rows_written(logdir: Path, step: int) -> bool:
     return any(json.loads(line)["step"] > step for line in lines)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopped_run_resumes(number, trained, tmp_path):
     """A kill loses at most the work since the last checkpoint; SIGTERM loses nothing. The same command goes on.
 
@@ -130,13 +132,13 @@ def test_stopped_run_resumes(number, trained, tmp_path):
     """
     logdir = tmp_path / "log"
     argv = ["--steps", "400", "--parallel", "True"]
-    process = subprocess.Popen(command(logdir, *argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_program(" ".join(command(logdir, *argv)[1:]), tmp_path)
     wait_for(lambda: (logdir / "latest.prev.pt").exists() and rows_written(logdir, 220), process)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     before = read_rows(logdir)
-    if number == signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM and "SIGTERM" in out
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number and f"Stopped by {number.name}; saved" in out
     saved = tools.load_checkpoint(logdir / "latest.pt")
     kept = saved["logger"]["rows"]
     assert before[-1]["step"] - 2 * saved["count"]["policy_step"] <= 80
@@ -200,10 +202,10 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(trained, tmp_path):
     logdir.mkdir()
     try:
         tools.enable_deterministic()
-        for stop in [*STOPS.values(), lambda run: False]:
+        for stop in [*STOPS.values(), None]:
             run = start_in_process(SHORT, logdir)
-            dreamer.train(run, lambda stop=stop, run=run: stop(run))
-            assert stop(run) or run.finished
+            dreamer.train(run, lambda stop=stop, run=run: stop is not None and stop(run))
+            assert run.finished == (stop is None) and (run.finished or stop(run))
             run.close()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -239,9 +241,10 @@ def test_every_method_resumes_bit_for_bit(method, tmp_path):
         logdir = tmp_path / folder
         logdir.mkdir()
         line = f"{DOT} --save_every 0 --steps 100 --pretrain 6 --method {method} --beta_init 0.1 --decoder.minres 2"
-        for stop in [*stops, lambda run: False]:
+        for stop in [*stops, None]:
             run = start_in_process(f"{line} --decoder.cnn_depth 2", logdir)
-            dreamer.train(run, lambda run=run, stop=stop: stop(run))
+            dreamer.train(run, lambda run=run, stop=stop: stop is not None and stop(run))
+            assert run.finished == (stop is None)
             run.close()
         states.append(final_state(logdir))
     assert_same(*states)
@@ -621,6 +624,18 @@ def test_ctrl_c_prints_no_traceback(program, seconds, tmp_path):
     assert "Traceback" not in out + err and "KeyboardInterrupt" not in out + err
 
 
+def test_a_program_ends_with_130_after_ctrl_c(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import os, signal, time\nfrom setup import console\n"
+        "console.run(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        capture_output=True, timeout=30, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert done.returncode == 130 and done.stderr == "Interrupted.\n"
+
+
 def test_ctrl_c_in_every_other_program(tmp_path):
     names = ("report", "robustness", "openloop", "observations", "variants", "gate", "study")
     names = [f"figures/{name}.py" for name in names] + [f"setup/{name}.py" for name in ("doctor", "export", "expert")]
@@ -760,6 +775,7 @@ def test_damaged_checkpoint_falls_back_then_refuses(trained, tmp_path):
     (logdir / "latest.pt").write_bytes(damaged)
     done = run(logdir)
     assert done.returncode == 0 and "latest.prev.pt" in done.stderr, done.stderr
+    assert (logdir / "latest.damaged.pt").read_bytes() == damaged
     assert [row["step"] for row in read_rows(logdir) if "eval/return" in row] == [120, 200, 280]
     for name in ("latest.pt", "latest.prev.pt"):
         (logdir / name).write_bytes(damaged)
@@ -783,6 +799,16 @@ def test_weights_that_do_not_fit(tmp_path):
 
 
 def test_evaluation_averages_the_first_to_finish():
+    """Of two environments the one with shorter episodes finishes more of them."""
+    policy = lambda obs, carry, training: (torch.zeros(2, 1), None)  # noqa: E731
+    vec, finished = Vector([lambda: Counter(2, True), lambda: Counter(3, True)], parallel=False), []
+    metrics, frames = dreamer.evaluate(SimpleNamespace(policy=policy), vec, 4, finished=finished)
+    assert finished == [(4.0, 2, 1.0), (6.0, 3, 1.0), (4.0, 2, 1.0), (4.0, 2, 1.0), (6.0, 3, 1.0)]
+    assert (metrics["return"], metrics["length"], metrics["success"]) == (4.5, 2.25, 1.0) and frames is None
+    assert metrics["return_std"] == pytest.approx(np.std([4, 6, 4, 4]))
+
+
+def test_evaluation_films_an_episode():
     config = make_config("--task", "dmc_cartpole_balance", "--time_limit", "20", "--envs", "2", "--parallel", "False")
     vec = dreamer.make_envs(config, "eval")
     try:

@@ -411,10 +411,10 @@ def test_runs_resume_bit_for_bit(tmp_path):
     for folder, moments in (("stopped", stops), ("whole", [])):
         logdir = tmp_path / folder
         logdir.mkdir()
-        for stop in [*moments, lambda run: False]:
+        for stop in [*moments, None]:
             run = start_in_process(line, logdir)
-            dreamer.train(run, lambda run=run, stop=stop: stop(run))
-            assert stop(run) or run.finished
+            dreamer.train(run, lambda run=run, stop=stop: stop is not None and stop(run))
+            assert run.finished == (stop is None)
             run.close()
         states.append(final_state(logdir))
     assert_same(*states)
