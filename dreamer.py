@@ -542,12 +542,9 @@ def evaluate(
 
 def distracted_tasks(config) -> dict[str, str]:
     """Distracted tasks of the control suite that the run is trained and evaluated on, by the name in their metrics."""
-    trained, tasks = envs.parse_task(config.task), {}
-    for task in (config.task, *config.eval_task):
-        found = envs.parse_task(task)
-        if found.suite == "dmc" and found.variant:
-            tasks[found.variant if found.name == trained.name else f"{found.name}_{found.variant}"] = task
-    return tasks
+    named = {envs.parse_task(config.task).variant: config.task} | (eval_tasks(config) if config.eval_task else {})
+    parsed = {name: envs.parse_task(task) for name, task in named.items()}
+    return {name: named[name] for name, found in parsed.items() if found.suite == "dmc" and found.variant}
 
 
 def measure_robustness(agent: Agent, config) -> dict[str, float]:

@@ -200,15 +200,12 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(trained, tmp_path):
     """One run, stopped at five moments, against one that was never stopped."""
     logdir = tmp_path / "log"
     logdir.mkdir()
-    try:
-        tools.enable_deterministic()
-        for stop in [*STOPS.values(), None]:
-            run = start_in_process(SHORT, logdir)
-            dreamer.train(run, lambda stop=stop, run=run: stop is not None and stop(run))
-            assert run.finished == (stop is None) and (run.finished or stop(run))
-            run.close()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    tools.enable_deterministic()
+    for stop in [*STOPS.values(), None]:
+        run = start_in_process(SHORT, logdir)
+        dreamer.train(run, lambda stop=stop, run=run: stop is not None and stop(run))
+        assert run.finished == (stop is None) and (run.finished or stop(run))
+        run.close()
     assert_same(final_state(logdir), final_state(trained))
 
 
