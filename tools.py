@@ -708,6 +708,15 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+@contextlib.contextmanager
+def communicating():
+    """Raise UserError where another rank is not there any more; its error is the one to read."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError("another process of this run has ended: see what it says") from error
+
+
 def gather_ranks(x: Tensor, gradient: bool = False) -> Tensor:
     """Rows (n, ...) of every rank -> (ranks * n, ...).
 
@@ -717,10 +726,8 @@ def gather_ranks(x: Tensor, gradient: bool = False) -> Tensor:
     if not several_ranks():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    try:
+    with communicating():
         dist.all_gather(parts, x.detach().contiguous())
-    except RuntimeError as error:
-        raise UserError("another process of this run has ended: see what it says") from error
     if gradient:
         parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
     return torch.cat(parts)
@@ -731,7 +738,8 @@ def average_ranks(tensors: list[Tensor]) -> None:
     if not several_ranks() or not tensors:
         return
     flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
+    with communicating():
+        dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
         x.copy_(mean.view_as(x))
@@ -742,7 +750,8 @@ def any_rank(flag: bool) -> bool:
     if not several_ranks():
         return flag
     flags = torch.tensor(float(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    with communicating():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
 
 

@@ -513,6 +513,8 @@ def test_seeds():
     assert len(np.unique(angles, axis=0)) == 6
     shared = first_frames(shared_seed=True)["orientation"]
     np.testing.assert_array_equal(shared[0], shared[1])
+    final = first_frames(shared_seed=True, stream="final")["orientation"]  # of episodes that training never starts with
+    assert len(np.unique([shared[0], *final], axis=0)) == 3
 
 
 def test_a_resumed_run_has_the_same_clips_and_new_episodes(clips):

@@ -38,6 +38,10 @@ def test_folder_and_card(exported):
     assert result["dataset"]["type"] == "dmc_cartpole_balance"
     assert f"| eval | dmc_cartpole_balance | {mean:.1f} |" in text and "| `task` |" in text
     assert (out / "curves.csv").read_text().startswith("step,eval/")
+    assert "trained on `dmc_cartpole_balance` for 80 environment frames" in text
+    saved = tools.read_config(logdir)
+    saved["config"]["offline_traindir"] = "demos"  # where steps are updates
+    assert "trained on logged episodes for 80 updates" in export.card(saved, None, [{"step": 80}], None, "")
 
 
 def test_weights_come_back(exported, tmp_path):

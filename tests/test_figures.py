@@ -84,6 +84,17 @@ def test_bins():
     ]
 
 
+def test_lines_are_faded_where_a_run_is_missing():
+    """A run that begins late: the full line holds only the bins of both."""
+    runs = [plot.Run("t", "m", i, np.arange(50.0 + 100 * i, 400, 100), np.ones(4 - i)) for i in range(2)]
+    axis = plot.plt.figure().add_subplot()
+    plot.draw_curve(axis, plot.curve(runs, 100), "m", "black", "o")
+    full, faded = axis.lines
+    assert np.isfinite(full.get_ydata()).tolist() == [False, True, True, True]
+    assert np.isfinite(faded.get_ydata()).all() and faded.get_alpha() < 0.5 < (full.get_alpha() or 1)
+    plot.plt.close("all")
+
+
 # --- reading
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,6 +77,24 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path):
         for key, value in whole[method]["weights"].items():
             assert torch.equal(first[method]["weights"][key], second[method]["weights"][key]), key
             torch.testing.assert_close(first[method]["weights"][key], value, rtol=1e-7, atol=1e-10)
+
+
+def leave(rank: int, address: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    tools.any_rank(False)
+    if rank == 1:
+        os._exit(0)
+    try:
+        while True:
+            tools.any_rank(False)
+    except tools.UserError as error:
+        (Path(folder) / "said").write_text(str(error))
+        os._exit(0)
+
+
+def test_the_end_of_another_rank_is_one_line(tmp_path):
+    torch.multiprocessing.spawn(leave, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2)
+    assert (tmp_path / "said").read_text() == "another process of this run has ended: see what it says"
 
 
 def test_torchrun_trains_and_resumes(tmp_path):

@@ -13,6 +13,7 @@ import tools
 from envs import EnvError, record
 from envs.episodes import find_files, load_episodes, write_episode
 from setup import expert
+from tests.centre_task import Centre
 from tests.helpers import SMALL
 
 CHEETAH = "gym_HalfCheetah-v5?width=32&height=32&camera_name=track"
@@ -242,3 +243,9 @@ def test_expert_is_searched(tmp_path, capsys):
     assert expert.main([*argv, "--directions", "0"]) == 2 and "at least 1" in capsys.readouterr().err
     assert expert.main(["--task", "dmc_walker_walk"]) == 2 and "only gym_ tasks" in capsys.readouterr().err
     assert expert.main(["--task", "gym_NoSuch-v0"]) == 2 and "unknown task" in capsys.readouterr().err
+
+    class Picture(Centre):
+        observation_space = gymnasium.spaces.Box(0, 255, (16, 16, 3), np.uint8)
+
+    gymnasium.register("Picture-v0", Picture)
+    assert expert.main(["--task", "gym_Picture-v0"]) == 2 and "needs a vector observation" in capsys.readouterr().err

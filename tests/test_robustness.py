@@ -4,10 +4,13 @@ import copy
 import csv
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import dreamer
 import envs
@@ -313,3 +316,14 @@ def test_command(tmp_path, capsys):
         assert robustness.main(["--out", str(out), *argv]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and hint in err and len(err.splitlines()) == 1
+
+
+@given(every=st.integers(1, 90), gaps=st.lists(st.integers(1, 60), min_size=1, max_size=10))
+def test_measured_at_the_first_evaluation_and_after_each_multiple(every, gaps):
+    """Whatever the distance of evaluations; here a policy step is two frames."""
+    config, before = SimpleNamespace(robustness_every=every, action_repeat=2), -1
+    for now in np.cumsum(gaps).tolist():
+        run = SimpleNamespace(config=config, rank=0, evaluated=before, step=2 * now)
+        passed = any(frame % every == 0 for frame in range(2 * before + 1, 2 * now + 1))
+        assert dreamer.Run.robustness_due(run) == (passed or before < 0)
+        before = now
