@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+import dreamer
 import hrssm
 import networks
 import tools
@@ -97,7 +98,7 @@ def test_the_end_of_another_rank_is_one_line(tmp_path):
     assert (tmp_path / "said").read_text() == "another process of this run has ended: see what it says"
 
 
-def test_torchrun_trains_and_resumes(tmp_path):
+def test_torchrun_trains_and_resumes(tmp_path, capsys):
     """`torchrun` shares the environments and batches of one run; the same command goes on where it ended."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "dreamer.py"), "--configs", "tiny", "--task", "dmc_cartpole_balance", "--envs", "2"]
@@ -129,14 +130,19 @@ def test_torchrun_trains_and_resumes(tmp_path):
     assert rows[-1]["step"] >= 320
     kept = [tools.load_checkpoint(tmp_path / f"rank1/{name}.pt")["count"]["policy_step"] for name in ("latest.prev",)]
     assert kept == [first]
-    alone = [sys.executable, *command[command.index(str(ROOT / "dreamer.py")) :], "--steps", "400"]
-    done = subprocess.run(alone, capture_output=True, text=True, env=environ)
-    assert done.returncode == 2 and "a run of 2 processes, not 1" in done.stderr.splitlines()[-1]
+    alone = [*command[command.index(str(ROOT / "dreamer.py")) + 1 :], "--steps", "400"]
+    assert dreamer.main(alone) == 2
+    assert "a run of 2 processes, not 1" in capsys.readouterr().err.splitlines()[-1]
     anew = run(80, "--fresh")  # both ranks leave the old run together
     assert [row["step"] for row in anew][-1] < 160 and anew[0] != rows[-1]
     for folder in ("", "rank1/"):
         assert (tmp_path / "replaced" / "1" / folder / "latest.pt").exists() and (
             tmp_path / folder / "latest.pt"
         ).exists()
-    uneven = subprocess.run([*command, "--batch_size", "3"], capture_output=True, text=True, env=environ)
-    assert uneven.returncode != 0 and "--batch_size 3 cannot be shared evenly by 2 ranks" in uneven.stderr
+
+
+def test_an_uneven_share_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tools, "start_ranks", lambda device: (0, 2))
+    argv = ["--configs", "tiny", "--task", "dmc_cartpole_balance", "--batch_size", "3", "--logdir", str(tmp_path)]
+    assert dreamer.main(argv) == 2
+    assert "--batch_size 3 cannot be shared evenly by 2 ranks" in capsys.readouterr().err
