@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hrssm
+from tests.bench import projection
 from tests.helpers import make_agent, make_batch
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -265,3 +266,31 @@ def test_ema_follows_with_its_rates():
             expected = rate * online + (1 - rate) * before[f"{raw}.{name}"]
             torch.testing.assert_close(getattr(hybrid, raw).get_parameter(name), expected.detach())
             assert not torch.equal(online, before[f"{part}.{name}"])
+
+
+def test_what_the_projection_reads():
+    """The branches differ in the stochastic part alone: a projection of the rest is the same in both."""
+    agent, batch = make_agent(), make_batch()
+    branches = agent.world_model.representation
+    masked, other, share, kl = projection.compare(agent, batch)
+    assert masked < 0.99 and other < 0.99 and 0.01 < share < 100 and kl > 0.001
+    parts = branches.projector.weight.split([branches.dynamics.stoch_size, branches.dynamics.deter], -1)
+    raw_parts = branches.raw_projector.weight.split([branches.dynamics.stoch_size, branches.dynamics.deter], -1)
+    for i, expected in enumerate([0.0, math.inf]):
+        kept = [part.detach().clone() for part in (parts[i], raw_parts[i])]
+        parts[i].data.zero_()
+        raw_parts[i].data.zero_()
+        masked, _, share, _ = projection.compare(agent, batch)
+        assert share == expected and (masked > 1 - 1e-6) == (i == 0)
+        parts[i].data.copy_(kept[0])
+        raw_parts[i].data.copy_(kept[1])
+
+
+@pytest.mark.parametrize("classes", ["0", "4"])
+def test_the_branches_agree_without_a_mask(classes):
+    agent = make_agent("--mask_ratio", "0", "--dyn_discrete", classes)
+    assert projection.compare(agent, make_batch())[3] == pytest.approx(0, abs=1e-6)
+
+
+def test_projections_of_a_run(tmp_path, capsys):
+    assert projection.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err
