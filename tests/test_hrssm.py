@@ -290,7 +290,3 @@ def test_what_the_projection_reads():
 def test_the_branches_agree_without_a_mask(classes):
     agent = make_agent("--mask_ratio", "0", "--dyn_discrete", classes)
     assert projection.compare(agent, make_batch())[3] == pytest.approx(0, abs=1e-6)
-
-
-def test_projections_of_a_run(tmp_path, capsys):
-    assert projection.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err

@@ -23,6 +23,7 @@ import envs
 import tools
 from envs.vector import Vector
 from figures import openloop, plot
+from tests.bench import projection
 from tests.bench.soak import DOT
 from tests.helpers import ROOT, SMALL, make_agent, make_config
 from tests.test_envs import Counter
@@ -485,6 +486,16 @@ def test_open_loop_of_a_finished_run(trained, tmp_path, capsys):
     assert 4 * 128 < width < 5 * 128 and 3 * 128 < height < 4 * 128 and (tmp_path / "o.mp4").exists()
     assert (trained / "latest.pt").read_bytes() == before
     assert openloop.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err
+
+
+def test_projections_of_a_finished_run(trained, capsys):
+    """A row for untrained weights and one for the run's, which differ."""
+    assert projection.main([str(trained), "--batches", "1"]) == 0
+    untrained, own = capsys.readouterr().out.splitlines()[-2:]
+    assert untrained.endswith("untrained") and own.endswith(str(trained))
+    assert all(float(number) > 0 for row in (untrained, own) for number in row.split()[2:4])
+    assert untrained.split()[:4] != own.split()[:4]
+    assert projection.main([str(trained / "video")]) == 2 and "holds no run" in capsys.readouterr().err
 
 
 def test_evaluation_on_other_tasks(tmp_path):
