@@ -203,7 +203,7 @@ ERRORS = {
     "no action": (change(action=None), {}, "episode-000001.npz holds no action"),
     "no observation": (both(image=None, state=None), {}, None),
     "keys": (change(state=None), {}, "hold different keys: state is in one"),
-    "no rows": (change(gamma=np.float32(0.9)), {}, "gamma is a single number"),
+    "single number": (change(gamma=np.float32(0.9)), {}, "gamma is a single number"),
     "lengths": (change(reward=np.zeros(3)), {}, "keys of different lengths: .*'reward': 3"),
     "late": (change(action=LATE[1:], reward=np.zeros(4)), {}, "use --offline_actions departure"),
     "vector size": (change(state=np.zeros((5, 3))), {}, r"rows of state have shape \(4,\), those in .* \(3,\)"),
