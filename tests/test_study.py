@@ -41,17 +41,18 @@ def counts(result):
 
 
 def test_every_planned_run_has_options_that_exist(checkout, tmp_path):
-    done = checkout("--seeds 3 --tasks dmc_walker_stand_video,dmc_walker_stand,dmc_ball_in_cup_catch --jobs 8 "
-                    "data representation control masks sparse")  # fmt: skip
+    tasks = "dmc_walker_stand_video,dmc_walker_stand,dmc_cartpole_balance,dmc_ball_in_cup_catch"
+    done = checkout(f"--seeds 3 --tasks {tasks} --jobs 8 data representation control masks sparse")
     assert done.returncode == 0, done.stderr
     calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
-    assert len(calls) == 1 + 10 + 2 * 4 + 5 + 3
+    assert len(calls) == 1 + 10 + 3 * 4 + 5 + 3
     for call in calls:
         config = tools.load_config(call)
         assert config.seed == (0 if "/data/" in config.logdir else 3)
         assert bool(config.holdout_clips) == ("video" in config.task)
         data = str(tmp_path / "study/data/dmc_walker_stand_video/full/0/replay")
         assert config.offline_traindir == (data if "/representation/" in config.logdir else "")
+        assert config.size == [64, 64] or "cartpole" not in config.task
     methods = {tools.load_config(call).method for call in calls}
     assert methods == {"hrssm", "dreamer", "rssm", "repo", "r2dreamer"}
     # the same command again finds everything done
