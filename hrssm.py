@@ -38,9 +38,9 @@ REWARD_MAX = {
 }
 
 
-def bisimulation_reward_scale(task: str) -> float:
-    """Factor that `bisimulation_loss` applies to the rewards of `task`."""
-    return 2.0 / REWARD_MAX.get(task, 2.0)
+def bisimulation_reward_scale(task: str, reward_max: float = 0.0) -> float:
+    """Factor that `bisimulation_loss` applies to rewards of at most `reward_max`; 0: upstream's number for `task`."""
+    return 2.0 / (reward_max or REWARD_MAX.get(task, 2.0))
 
 
 # --- masks and augmentation -----------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class HybridRSSM(Representation):
     """Mask branch and raw branch over one encoder and one RSSM, with the two losses that tie them.
 
     Keywords carry upstream's flag names. `mbr_scale` weighs the latent-reconstruction loss, which `nomlr` drops, and
-    `simsr_scale` the bisimulation loss, which `nosimsr` drops and whose rewards are scaled by `task`.
+    `simsr_scale` the bisimulation loss, which `nosimsr` drops. Its rewards are scaled by `task` or `simsr_reward_max`.
     `dyn_cont_stoch_size` is the width P of the projection in which latents are reconstructed.
     """
 
@@ -264,6 +264,7 @@ class HybridRSSM(Representation):
         simsr_scale: float,
         simsr_discount: float,
         nosimsr: bool,
+        simsr_reward_max: float,
         task: str,
     ):
         super().__init__(encoder, dynamics)
@@ -285,7 +286,7 @@ class HybridRSSM(Representation):
         self.nomlr = nomlr
         self.nosimsr = nosimsr
         self.simsr_discount = simsr_discount
-        self.reward_scale = bisimulation_reward_scale(task)
+        self.reward_scale = bisimulation_reward_scale(task, simsr_reward_max)
         self.scales = {"mbr": mbr_scale, "simsr": simsr_scale}
 
     def forward(self, data: dict[str, Tensor], mask: Tensor | None = None) -> Branches:

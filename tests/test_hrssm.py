@@ -211,6 +211,17 @@ def test_reward_scale_of_the_bisimulation_loss():
     assert hrssm.bisimulation_reward_scale("rms_lift_cube") == 2 / 6.5
     assert hrssm.bisimulation_reward_scale("rms_pick_cube") == 1
     assert hrssm.bisimulation_reward_scale("dmc_walker_walk") == 1
+    assert hrssm.bisimulation_reward_scale("rms_lift_cube", reward_max=8.0) == 0.25
+
+
+def test_the_bisimulation_loss_sees_rewards_up_to_the_named_maximum_as_up_to_two():
+    loss = {}
+    for name, factor, flags in [("paper", 1.0, {}), ("larger", 4.0, {}), ("scaled", 4.0, {"simsr_reward_max": 8.0})]:
+        agent, batch = make_agent(**flags), make_batch()
+        batch["reward"] *= factor
+        torch.manual_seed(0)
+        loss[name] = float(agent.world_model.loss(batch)[2]["simsr_loss"])
+    assert loss["scaled"] == pytest.approx(loss["paper"], rel=1e-5) and loss["larger"] > 1.5 * loss["paper"]
 
 
 # --- branches -------------------------------------------------------------------------------------------------------
