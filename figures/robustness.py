@@ -202,8 +202,9 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], pictures: dict[str, np.ndarray]) -> plot.plt.Figure:
-    """One state under all draws (K,H,W,C) of each task; below, bars of every measure by task, clips and run."""
-    measures = [name for name in MEASURES if any(row["measure"] == name for row in rows)]
+    """One state under all draws (K,H,W,C) of each task; below, bars by task, clips and run of what is defined."""
+    defined = {row["measure"] for row in rows if not math.isnan(row["value"])}
+    measures = [name for name in MEASURES if name in defined]
     trained = [run for run in dict.fromkeys(row["run"] for row in rows) if not run.endswith(" untrained")]
     per_row = min(len(pictures), 4)
     strips = math.ceil(len(pictures) / per_row)
