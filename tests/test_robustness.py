@@ -253,10 +253,11 @@ def row(run: str, measure: str, value: float, clips: str = "") -> dict:
 
 
 def test_picture():
-    """Two trained runs and their untrained networks have four styles, and every bar its interval."""
+    """Two trained runs and their untrained networks have four styles; what no run has a value of has no axes."""
     runs = [run + name for run in ("log/a/0", "log/b/0") for name in ("", " untrained")]
     rows = [row(run, "acpc", 0.5, clips) for clips in ("seen", "unseen") for run in runs]
     rows += [row(run, "value_agreement", np.nan if "untrained" in run else 0.9) for run in runs]
+    rows += [row(run, "action_agreement", np.nan) for run in runs]
     figure = robustness.draw(rows, {"video seen": np.zeros((4, 32, 32, 3), np.uint8)})
     acpc, agreement = figure.subfigs[1].axes
     assert [label.get_text() for label in acpc.get_xticklabels()] == ["video\nseen", "video\nunseen"]
