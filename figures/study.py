@@ -47,12 +47,14 @@ RUNS = ("part", "task", "method", "seed", "steps", "hours", "commit", "device", 
 VALUES = ("part", "task", "method", "seed", "step", "metric", "value")
 MEASURES = ("part", "task", "method", "seed", "clips", "measure", "value")
 NAMES = {"neither": "neither loss", "nomlr": "no latent reconstruction", "nosimsr": "no bisimulation"} | plot.METHODS
+NAMES["repo+beta_init=0.1+beta_lr=0.01"] = NAMES["repo"]  # short runs need it: see the README
 # Bars of final evaluations: their name in the legend, and opacity.
 FINALS = {
     "final/return": ("", 0.9),
     "final/seen/return": ("clips of training", 0.4),
     "final/unseen/return": ("unseen clips", 0.9),
 }
+DOTS = {"ls": "", "marker": "o", "color": "black", "ms": 4, "mec": "white", "mew": 0.6}
 SHOWN = {"denoising_factor": 0.0, "probe_r2": -0.2, "reward_r2": -1.0}  # in bars, drawn down to these values
 # Metrics of a picture that needs no model are the column of a method of its own beside what models reach.
 BASELINES = {"copy": "last picture seen", "mean": "mean picture"}
@@ -255,7 +257,7 @@ def draw_finals(axis, rows: list[dict], methods: list[str]) -> None:
                 continue
             x, (mean, low, high) = at + (k - (len(kinds) - 1) / 2) * width, bootstrap(np.array(own))
             axis.bar(x, mean, 0.9 * width, color=plot.COLORS[methods.index(method) % len(plot.COLORS)], alpha=opacity)
-            axis.plot([x] * len(own), own, "o", color="black", ms=3)
+            axis.plot([x] * len(own), own, **DOTS)
             axis.vlines(x, low, high, color="black", lw=1)  # nothing for a single seed, whose interval is NaN
         if label:
             axis.bar(0, 0, color="gray", alpha=opacity, label=label)
@@ -285,7 +287,7 @@ def draw_bars(measures: list[dict], part: str, path: Path) -> None:
                     continue
                 color = plot.COLORS[at % len(plot.COLORS)] if method != "untrained" else "lightgray"
                 axis.barh(at, max(values.mean(), lowest), 0.7, color=color)
-                axis.plot(values.clip(lowest), [at] * len(values), "o", color="black", ms=3, clip_on=False)
+                axis.plot(values.clip(lowest), [at] * len(values), clip_on=False, **DOTS)
                 if values.mean() < lowest:
                     axis.text(lowest * 0.95, at, f"{values.mean():.0f}", va="center", fontsize=7)
             axis.set_yticks(range(len(methods)), [NAMES.get(method, method) for method in methods], fontsize=8)
