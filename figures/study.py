@@ -46,8 +46,21 @@ METRICS = re.compile(
 RUNS = ("part", "task", "method", "seed", "steps", "hours", "commit", "device", "command")
 VALUES = ("part", "task", "method", "seed", "step", "metric", "value")
 MEASURES = ("part", "task", "method", "seed", "clips", "measure", "value")
-NAMES = {"neither": "neither loss", "nomlr": "no latent reconstruction", "nosimsr": "no bisimulation"} | plot.METHODS
-NAMES["repo+beta_init=0.1+beta_lr=0.01"] = NAMES["repo"]  # short runs need it: see the README
+# Methods in the order of all tables and pictures, which decides their colours, too.
+NAMES = {
+    "hrssm": plot.METHODS["hrssm"],
+    "neither": "neither loss",
+    "nomlr": "no latent reconstruction",
+    "nosimsr": "no bisimulation",
+    "rssm": plot.METHODS["rssm"],
+    "repo+beta_init=0.1+beta_lr=0.01": plot.METHODS["repo"],  # short runs need it: see the README
+    "dreamer": plot.METHODS["dreamer"],
+    "r2dreamer": plot.METHODS["r2dreamer"],
+    "infonce": plot.METHODS["infonce"],
+    "upstream": "upstream's program",
+}
+# Parts in the order of study.md.
+PARTS = ("representation", "control", "upstream", "masks", "sparse", "offline", "breakout", "data")
 # Bars of final evaluations: their name in the legend, and opacity.
 FINALS = {
     "final/return": ("", 0.9),
@@ -129,6 +142,14 @@ def collect_robustness(study: Path) -> list[list]:
     return found
 
 
+def colored(methods: Iterable[str]) -> dict[str, str]:
+    """Colour of each of `methods`, the same in all pictures; in the order of NAMES, what is no method last."""
+    last, methods = (*BASELINES.values(), "untrained"), plot.unique(methods)
+    order = plot.unique([*NAMES, *(method for method in methods if method not in last), *last])
+    colors = {method: plot.COLORS[i % len(plot.COLORS)] for i, method in enumerate(order)} | {"untrained": "lightgray"}
+    return {method: color for method, color in colors.items() if method in methods}
+
+
 def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of `values` (n,) and its 95% interval over seeds; NaN for a single one."""
     if len(values) < 2:
@@ -144,8 +165,7 @@ def shown(values: Iterable[float], digits: int) -> str:
 
 def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> list[str]:
     """Markdown of measure -> method -> seed -> value: means, and differences to method `base` paired by seed."""
-    methods = plot.unique(method for measure in results.values() for method in measure)
-    methods.sort(key=lambda method: method in BASELINES.values())
+    methods = list(colored(method for measure in results.values() for method in measure))
     names = [NAMES.get(method, method) for method in methods]
     for at, method in enumerate(methods):
         if method not in BASELINES.values():  # which are no runs
@@ -171,6 +191,12 @@ def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> list[st
 def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str], dict]:
     """(part, task) -> measure -> method -> seed -> value: each run's last value, at the step that all have reached."""
     found = {}
+    for row in measures:
+        where = {"": "", "clean": ", clean"}.get(row["clips"], f", {row['clips']} clips")
+        name = row["measure"].replace("_", " ") + where
+        if row["value"] not in ("", "nan"):
+            by_metric = found.setdefault((row["part"], row["task"]), {})
+            by_metric.setdefault(name, {}).setdefault(row["method"], {})[row["seed"]] = float(row["value"])
     for part, task in plot.unique((row["part"], row["task"]) for row in values):
         rows = [row for row in values if (row["part"], row["task"]) == (part, task)]
         if part == "masks":  # they differ from HRSSM's runs of another part in the mask alone
@@ -193,12 +219,6 @@ def last_values(values: list[dict], measures: list[dict]) -> dict[tuple[str, str
             for (method, seed), run in runs.items():
                 method = BASELINES[baseline[1]] if baseline else method
                 by_method.setdefault(method, {})[seed] = run[step]
-    for row in measures:
-        where = {"": "", "clean": ", clean"}.get(row["clips"], f", {row['clips']} clips")
-        name = row["measure"].replace("_", " ") + where
-        if row["value"] not in ("", "nan"):
-            by_metric = found.setdefault((row["part"], row["task"]), {})
-            by_metric.setdefault(name, {}).setdefault(row["method"], {})[row["seed"]] = float(row["value"])
     return found
 
 
@@ -209,7 +229,7 @@ def draw_curves(values: list[dict], part: str, metrics: tuple[str, ...], label: 
     """
     rows = [row for row in values if row["part"] == part and row["metric"] in metrics]
     finals = [row for row in values if row["part"] == part and row["metric"] in FINALS]
-    tasks, methods = plot.unique(row["task"] for row in rows), plot.unique(row["method"] for row in rows)
+    tasks, colors = plot.unique(row["task"] for row in rows), colored(row["method"] for row in rows)
     lines = 1 + bool(finals)
     figure, axes = plt.subplots(
         lines, len(tasks), squeeze=False, figsize=(3.4 * len(tasks), 3.1 * lines), layout="constrained", sharey=True
@@ -217,13 +237,12 @@ def draw_curves(values: list[dict], part: str, metrics: tuple[str, ...], label: 
     for axis, task in zip(axes[0], tasks, strict=True):
         own = [row for row in rows if row["task"] == task]
         metric = next(metric for metric in metrics if any(row["metric"] == metric for row in own))
-        for method in methods:
+        for method, color in colors.items():
             runs = {}
             for row in (row for row in own if row["metric"] == metric and row["method"] == method):
                 runs.setdefault(row["seed"], {})[int(row["step"])] = float(row["value"])
             if not runs:
                 continue
-            color = plot.COLORS[methods.index(method) % len(plot.COLORS)]
             for run in runs.values():
                 axis.plot(run.keys(), run.values(), color=color, alpha=0.35, lw=0.8)
             steps = sorted(set.intersection(*(set(run) for run in runs.values())))
@@ -239,30 +258,30 @@ def draw_curves(values: list[dict], part: str, metrics: tuple[str, ...], label: 
     if finals:
         axes[1, 0].set_ylabel("return of the final evaluation")
         for axis, task in zip(axes[1], tasks, strict=True):
-            draw_finals(axis, [row for row in finals if row["task"] == task], methods)
+            draw_finals(axis, [row for row in finals if row["task"] == task], colors)
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
-def draw_finals(axis, rows: list[dict], methods: list[str]) -> None:
+def draw_finals(axis, rows: list[dict], colors: dict[str, str]) -> None:
     """A bar per method and kind of clips, with a dot per seed and the 95% interval over seeds."""
     kinds = [kind for kind in FINALS if any(row["metric"] == kind for row in rows)]
-    shown_methods = [method for method in methods if any(row["method"] == method for row in rows)]
+    methods = [method for method in colors if any(row["method"] == method for row in rows)]
     width = 0.8 / max(1, len(kinds))
     for k, kind in enumerate(kinds):
         label, opacity = FINALS[kind]
-        for at, method in enumerate(shown_methods):
+        for at, method in enumerate(methods):
             own = [float(row["value"]) for row in rows if (row["metric"], row["method"]) == (kind, method)]
             if not own:
                 continue
             x, (mean, low, high) = at + (k - (len(kinds) - 1) / 2) * width, bootstrap(np.array(own))
-            axis.bar(x, mean, 0.9 * width, color=plot.COLORS[methods.index(method) % len(plot.COLORS)], alpha=opacity)
+            axis.bar(x, mean, 0.9 * width, color=colors[method], alpha=opacity)
             axis.plot([x] * len(own), own, **DOTS)
             axis.vlines(x, low, high, color="black", lw=1)  # nothing for a single seed, whose interval is NaN
         if label:
             axis.bar(0, 0, color="gray", alpha=opacity, label=label)
-    axis.set_xticks(range(len(shown_methods)), [NAMES.get(method, method) for method in shown_methods], fontsize=8)
-    axis.set_xlim(-0.6, len(methods) - 0.4)
+    axis.set_xticks(range(len(methods)), [NAMES.get(method, method) for method in methods], fontsize=8)
+    axis.set_xlim(-0.6, len(colors) - 0.4)
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)
     if any(FINALS[kind][0] for kind in kinds):
@@ -273,24 +292,23 @@ def draw_bars(measures: list[dict], part: str, path: Path) -> None:
     """What latents know on held-out clips: a row of panels per task, a bar per method, a dot per seed."""
     rows = [row for row in measures if row["part"] == part and row["clips"] == "unseen" and row["value"] != "nan"]
     tasks = plot.unique(row["task"] for row in rows)
-    order = plot.unique([BASE, *(row["method"] for row in rows)])
-    methods = [method for method in order if method != "untrained"] + ["untrained"] * ("untrained" in order)
+    colors = colored(row["method"] for row in rows)
     figure, axes = plt.subplots(
         len(tasks), len(SHOWN), squeeze=False, figsize=(9.5, 0.5 + 2.1 * len(tasks)), layout="constrained", sharey=True
     )
     for line, task in zip(axes, tasks, strict=True):
         for axis, (measure, lowest) in zip(line, SHOWN.items(), strict=True):
-            for at, method in enumerate(methods):
+            for at, (method, color) in enumerate(colors.items()):
                 own = [r for r in rows if (r["task"], r["measure"], r["method"]) == (task, measure, method)]
                 values = np.array([float(row["value"]) for row in own])
                 if not len(values):
                     continue
-                color = plot.COLORS[at % len(plot.COLORS)] if method != "untrained" else "lightgray"
                 axis.barh(at, max(values.mean(), lowest), 0.7, color=color)
                 axis.plot(values.clip(lowest), [at] * len(values), clip_on=False, **DOTS)
                 if values.mean() < lowest:
-                    axis.text(lowest * 0.95, at, f"{values.mean():.0f}", va="center", fontsize=7)
-            axis.set_yticks(range(len(methods)), [NAMES.get(method, method) for method in methods], fontsize=8)
+                    label = {"color": "white", "pad": 1}  # a bar may be black
+                    axis.text(lowest * 0.95, at, f"{values.mean():.0f}", va="center", fontsize=7, bbox=label)
+            axis.set_yticks(range(len(colors)), [NAMES.get(method, method) for method in colors], fontsize=8)
             axis.set_xlim(lowest - 0.05, 1.05)
             axis.tick_params(axis="x", labelsize=8)
             axis.axvline(0, color="black", lw=0.8)
@@ -318,9 +336,9 @@ def main(argv: list[str] | None = None) -> int:
         all_measures = merge(out / "study_robustness.csv", MEASURES, measures, 6)
         if not all_values:
             raise tools.UserError(f"no run of the study in {study}, and none in {out}: setup/study.sh makes them")
-        lines = []
-        for (part, task), results in sorted(last_values(all_values, all_measures).items()):
-            lines += [f"## {part}, {task}", "", *table(results, BASES.get(part, BASE)), ""]
+        lines, results = [], last_values(all_values, all_measures)
+        for part, task in sorted(results, key=lambda own: (PARTS.index(own[0]), own[1])):
+            lines += [f"## {part}, {task}", "", *table(results[part, task], BASES.get(part, BASE)), ""]
         (out / "study.md").write_text("\n".join(lines))
         parts = {row["part"] for row in all_values}
         if "control" in parts:

@@ -167,13 +167,19 @@ def test_tables(runs, capsys):
     out = runs / "out"
     assert study.main([str(runs / "study"), "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "| | DreamerV3 (3 runs) | HRSSM (3 runs) |" in text and "eval/return at 200 frames" in text
-    assert "| HRSSM minus this | 10.0 [10.0, 10.0] |  |" in text  # paired: seeds differ much more than methods
-    assert "| 300.0 [100.0, 600.0] | 310.0 [110.0, 610.0] |" in text
+    assert "| | HRSSM (3 runs) | DreamerV3 (3 runs) |" in text and "eval/return at 200 frames" in text
+    assert "| HRSSM minus this |  | 10.0 [10.0, 10.0] |" in text  # paired: seeds differ much more than methods
+    assert "| 310.0 [110.0, 610.0] | 300.0 [100.0, 600.0] |" in text
     assert len(rows(out / "study_runs.csv")) == 6 and len(rows(out / "study_values.csv")) == 14
     commands = [row["command"] for row in rows(out / "study_runs.csv")]
     assert not any(str(runs) in command for command in commands) and all("--seed" in command for command in commands)
     assert {path.name for path in out.glob("*.png")} == {"study_control.png"}
+
+
+def test_a_method_has_one_colour_in_all_pictures():
+    some, more = study.colored(["dreamer", "hrssm"]), study.colored(["rssm", "untrained", "hrssm", "x", "dreamer"])
+    assert list(some) == ["hrssm", "dreamer"] and list(more) == ["hrssm", "rssm", "dreamer", "x", "untrained"]
+    assert all(more[method] == color for method, color in some.items()) and len(set(more.values())) == 5
 
 
 def test_final_evaluations_are_in_the_tables(runs, capsys):
@@ -183,8 +189,8 @@ def test_final_evaluations_are_in_the_tables(runs, capsys):
         path.write_text(json.dumps({"step": 200, "episodes": 5, "evaluations": found}))
     assert study.main([str(runs / "study"), "--out", str(runs / "out")]) == 0
     text = capsys.readouterr().out
-    assert "| final/seen/return at 200 frames |  | 60.0 [50.0, 70.0] |" in text
-    assert "| final/unseen/return at 200 frames |  | 45.0 [30.0, 60.0] |" in text
+    assert "| final/seen/return at 200 frames | 60.0 [50.0, 70.0] |  |" in text
+    assert "| final/unseen/return at 200 frames | 45.0 [30.0, 60.0] |  |" in text
     picture = Image.open(runs / "out/study_control.png")
     assert picture.height > picture.width, "bars stand below the curves"
 
@@ -216,8 +222,8 @@ def test_robustness_of_runs_is_taken_over(runs, capsys, monkeypatch):
         (runs / "out/study_robustness.csv").unlink(missing_ok=True)
         assert study.main([str(folder), "--out", str(runs / "out")]) == 0
         text = capsys.readouterr().out
-        assert "denoising factor, unseen clips | 0.25 | 0.50 | 0.10 |" in text
-        assert "| HRSSM minus this | 0.25 |  | 0.40 |" in text
+        assert "denoising factor, unseen clips | 0.50 | 0.25 | 0.10 |" in text
+        assert "| HRSSM minus this |  | 0.25 | 0.40 |" in text
 
 
 def test_masks_are_compared_with_the_runs_of_control():
@@ -226,7 +232,7 @@ def test_masks_are_compared_with_the_runs_of_control():
         for part, method, v in (("control", "hrssm", "5"), ("control", "rssm", "1"), ("masks", "mask_ratio=0.3", "2"))
     ]
     text = study.table(study.last_values(rows, [])["masks", "a"], study.BASE)
-    assert text[0] == "| | mask_ratio=0.3 (1 run) | HRSSM (1 run) |" and text[-1] == "| HRSSM minus this | 3.0 |  |"
+    assert text[0] == "| | HRSSM (1 run) | mask_ratio=0.3 (1 run) |" and text[-1] == "| HRSSM minus this |  | 3.0 |"
 
 
 def test_baselines_of_pictures_are_columns_beside_the_models():
