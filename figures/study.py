@@ -59,7 +59,7 @@ NAMES = {
     "infonce": plot.METHODS["infonce"],
     "upstream": "upstream's program",
 }
-# Parts in the order of study.md.
+# Parts in the order of study.md, others last.
 PARTS = ("representation", "control", "upstream", "masks", "sparse", "offline", "breakout", "data")
 # Bars of final evaluations: their name in the legend, and opacity.
 FINALS = {
@@ -337,7 +337,8 @@ def main(argv: list[str] | None = None) -> int:
         if not all_values:
             raise tools.UserError(f"no run of the study in {study}, and none in {out}: setup/study.sh makes them")
         lines, results = [], last_values(all_values, all_measures)
-        for part, task in sorted(results, key=lambda own: (PARTS.index(own[0]), own[1])):
+        order = plot.unique([*PARTS, *(part for part, _ in results)])
+        for part, task in sorted(results, key=lambda own: (order.index(own[0]), own[1])):
             lines += [f"## {part}, {task}", "", *table(results[part, task], BASES.get(part, BASE)), ""]
         (out / "study.md").write_text("\n".join(lines))
         parts = {row["part"] for row in all_values}

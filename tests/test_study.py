@@ -176,6 +176,14 @@ def test_tables(runs, capsys):
     assert {path.name for path in out.glob("*.png")} == {"study_control.png"}
 
 
+def test_parts_are_in_order_and_unknown_ones_last(runs, capsys):
+    for part in ("upstream", "a_part_of_mine"):
+        shutil.copytree(runs / "study/control", runs / "study" / part)
+    assert study.main([str(runs / "study"), "--out", str(runs / "out")]) == 0
+    parts = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("## ")]
+    assert parts == ["control,", "upstream,", "a_part_of_mine,"]
+
+
 def test_a_method_has_one_colour_in_all_pictures():
     some, more = study.colored(["dreamer", "hrssm"]), study.colored(["rssm", "untrained", "hrssm", "x", "dreamer"])
     assert list(some) == ["hrssm", "dreamer"] and list(more) == ["hrssm", "rssm", "dreamer", "x", "untrained"]
