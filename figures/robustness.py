@@ -113,6 +113,7 @@ def measure(args) -> tuple[list[dict], dict[str, np.ndarray]]:
     rendered: dict[tuple, paired.Paired] = {}  # several runs see the same pictures
     for logdir in args.logdir:
         config, checkpoint = load(logdir, args)
+        torch.set_num_threads(config.threads or tools.default_threads(0))
         clean = paired.clean_task(config.task)
         config.eval_task = [clean, *find_tasks(config, args.task)]
         env = envs.make(clean, **dreamer.env_options(config))
